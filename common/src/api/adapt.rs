@@ -1,0 +1,327 @@
+//! Requests to the manager: environments, hosts, VMs, decisions.
+
+use crate::api::switch::{SwitchReply, SwitchRequest};
+use crate::config::environment::EnvironmentSpec;
+use crate::control::monitor::{DestinationFigures, ImageDigest, Role, SourceFigures, VmState};
+use crate::{DomainId, EnvironmentId, HostId, Instant, VmId};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+/// What the manager does with its decisions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Decides and acts.
+    Act,
+    /// Decides and writes down what it would do.
+    DryRun,
+    /// Observes only.
+    Observe,
+}
+
+/// One request to the manager.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AdaptRequest {
+    /// Answers [`AdaptReply::Status`].
+    Status,
+    /// Sets what is done with decisions.
+    SetMode(Mode),
+    /// Starts an environment; answered with [`AdaptReply::Done`] when all its VMs are ready. Streams
+    /// [`AdaptReply::Progress`] lines before.
+    EnvUp {
+        /// What.
+        spec: EnvironmentSpec,
+        /// Hosts for some of its VMs by node name; the others are placed by free cores.
+        placement: BTreeMap<String, HostId>,
+        /// Image for its VMs (none: what the sandbox driver needs).
+        image: Option<ImageDigest>,
+    },
+    /// Ends an environment.
+    EnvDown {
+        /// Which.
+        environment: EnvironmentId,
+    },
+    /// Answers [`AdaptReply::Environments`].
+    EnvList,
+    /// Moves all compute nodes of an environment to another domain as one gang; answered like `VmMigrate`.
+    EnvMove {
+        /// Which.
+        environment: EnvironmentId,
+        /// Where to.
+        to: DomainId,
+    },
+    /// Answers [`AdaptReply::Hosts`].
+    HostList,
+    /// Answers [`AdaptReply::Vms`].
+    VmList,
+    /// Moves one VM; streams progress, then answers [`AdaptReply::Migrations`] with that one.
+    VmMigrate {
+        /// Which.
+        vm: VmId,
+        /// Where to.
+        to: HostId,
+    },
+    /// Answers [`AdaptReply::Migrations`], oldest first.
+    MigrationList,
+    /// Answers [`AdaptReply::Decisions`], newest last.
+    DecisionList {
+        /// How many at most.
+        last: u32,
+    },
+    /// Answers [`AdaptReply::Words`]: why the VM is where it is.
+    Why {
+        /// Which.
+        vm: VmId,
+    },
+    /// Opens the access namespace of an environment; answers [`AdaptReply::Access`].
+    Access {
+        /// Which.
+        environment: EnvironmentId,
+    },
+    /// Relays a request to one host's switch.
+    Switch {
+        /// Which host.
+        host: HostId,
+        /// What.
+        request: SwitchRequest,
+    },
+    /// Streams [`AdaptReply::Event`] lines until the asker hangs up.
+    Watch,
+}
+
+/// The manager at a glance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct AdaptStatus {
+    /// Program version.
+    pub version: String,
+    /// Name of the policy that acts.
+    pub policy: String,
+    /// What is done with its decisions.
+    pub mode: Mode,
+    /// Generation of its plans.
+    pub generation: u64,
+    /// Hosts whose monitor is connected.
+    pub hosts: u32,
+    /// VMs known.
+    pub vms: u32,
+    /// Moves under way.
+    pub moving: u32,
+}
+
+/// A host as listed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct HostSeen {
+    /// Name.
+    pub host: HostId,
+    /// Domain.
+    pub domain: DomainId,
+    /// Whether its monitor is connected.
+    pub connected: bool,
+    /// Driver of its hypervisor.
+    pub driver: String,
+    /// Declared cores.
+    pub cores: f64,
+    /// Declared cores its VMs want, smoothed.
+    pub demand_cores: f64,
+    /// High-demand VMs / cores.
+    pub score: f64,
+    /// Memory for guests, in MiB.
+    pub memory_mib: u64,
+    /// Free of it.
+    pub memory_free_mib: u64,
+    /// Seconds since its last observation.
+    pub age_s: Option<f64>,
+    /// VMs on it.
+    pub vms: Vec<VmId>,
+}
+
+/// A VM as listed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VmListed {
+    /// Name.
+    pub vm: VmId,
+    /// Environment.
+    pub environment: EnvironmentId,
+    /// What it is there.
+    pub role: Role,
+    /// Address inside its network.
+    pub address: Ipv4Addr,
+    /// Where it runs.
+    pub host: Option<HostId>,
+    /// How it is.
+    pub state: VmState,
+    /// Last figures: run, wait and demand as fractions of its vCPUs, and demand smoothed.
+    pub run: f64,
+    /// See above.
+    pub wait: f64,
+    /// See above.
+    pub demand: f64,
+    /// See above.
+    pub smoothed_demand: f64,
+    /// Where it is moving to.
+    pub moving_to: Option<HostId>,
+}
+
+/// An environment as listed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct EnvironmentSeen {
+    /// As it was asked for.
+    pub spec: EnvironmentSpec,
+    /// Home domain: where its head node stays.
+    pub home: DomainId,
+    /// Its VMs.
+    pub vms: Vec<VmListed>,
+}
+
+/// A named, weighted part of a score.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Term {
+    /// Name.
+    pub name: String,
+    /// Value before the move.
+    pub before: f64,
+    /// Value it would have after it.
+    pub after: f64,
+    /// Unit.
+    pub unit: String,
+}
+
+/// How a move ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// Under way.
+    Running,
+    /// The VM runs at its destination.
+    Done,
+    /// The VM runs at its source; why.
+    Undone(String),
+}
+
+/// One move of one VM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Migration {
+    /// Counts up over the life of the deployment.
+    pub number: u64,
+    /// Which.
+    pub vm: VmId,
+    /// From.
+    pub from: HostId,
+    /// To.
+    pub to: HostId,
+    /// Domain it came from.
+    pub from_domain: DomainId,
+    /// Domain it went to.
+    pub to_domain: DomainId,
+    /// Environment whose compute nodes move together, if this is part of a gang.
+    pub gang: Option<EnvironmentId>,
+    /// Decision that wanted it; none when an operator asked.
+    pub decision: Option<u64>,
+    /// Why, in words.
+    pub reason: String,
+    /// The decision's terms.
+    pub terms: Vec<Term>,
+    /// Driver of the hypervisor.
+    pub driver: String,
+    /// When its plan was announced, on the manager's clock.
+    pub announced: Instant,
+    /// When its first step began.
+    pub began: Option<Instant>,
+    /// When it ended.
+    pub ended: Option<Instant>,
+    /// How.
+    pub outcome: Outcome,
+    /// The VM's smoothed demand when decided.
+    pub demand_before: f64,
+    /// Figures of the source.
+    pub source: Option<SourceFigures>,
+    /// Figures of the destination.
+    pub destination: Option<DestinationFigures>,
+}
+
+/// What the manager thought in one cycle that changed something or refused something.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DecisionSeen {
+    /// Counts up.
+    pub number: u64,
+    /// When.
+    pub at: Instant,
+    /// What was done with it.
+    pub mode: Mode,
+    /// Policy.
+    pub policy: String,
+    /// What it wants, in words; one line a move.
+    pub moves: Vec<String>,
+    /// Why, in words.
+    pub reason: String,
+    /// Terms of the score.
+    pub terms: Vec<Term>,
+    /// What was considered and refused, in words.
+    pub refusals: Vec<String>,
+}
+
+/// What a watcher is told.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Event {
+    /// A decision was taken.
+    Decided(DecisionSeen),
+    /// A move was announced; its first step follows after the configured notice.
+    Announced(Migration),
+    /// Its first step began.
+    Began(Migration),
+    /// It ended.
+    Ended(Migration),
+    /// A host came or went.
+    Host {
+        /// Which.
+        host: HostId,
+        /// Whether it is there now.
+        connected: bool,
+    },
+}
+
+/// Answers of the manager.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(clippy::large_enum_variant)] // One at a time is made and printed: a box would save nothing and hide the shape.
+pub enum AdaptReply {
+    /// Done, nothing to tell.
+    Done,
+    /// Still at work, in words; more lines follow.
+    Progress(String),
+    /// To `Status`.
+    Status(AdaptStatus),
+    /// To `EnvList`.
+    Environments(Vec<EnvironmentSeen>),
+    /// To `HostList`.
+    Hosts(Vec<HostSeen>),
+    /// To `VmList`.
+    Vms(Vec<VmListed>),
+    /// To `MigrationList`, `VmMigrate`, `EnvMove`.
+    Migrations(Vec<Migration>),
+    /// To `DecisionList`.
+    Decisions(Vec<DecisionSeen>),
+    /// To `Why`.
+    Words(String),
+    /// To `Access`.
+    Access {
+        /// Host it is on.
+        host: HostId,
+        /// Path of the network namespace there.
+        netns: String,
+    },
+    /// To `Switch`.
+    Switch(SwitchReply),
+    /// To `Watch`.
+    Event(Event),
+}

@@ -1,0 +1,240 @@
+//! `switchd.toml`.
+
+use super::{ConfigError, Span, Tls, from_toml};
+use crate::{DomainId, HostId, MacAddr, Vni};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Everything a switch is told at start. `configs/switchd.example.toml` documents each key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct SwitchConfig {
+    /// Name of this host; must be the certificate's.
+    pub host: HostId,
+    /// Domain of this host; must be the certificate's.
+    pub domain: DomainId,
+    /// Address of the mesh port: control and data.
+    pub listen: SocketAddr,
+    /// Mesh ports of known members; empty: this is the first.
+    #[serde(default)]
+    pub join: Vec<SocketAddr>,
+    /// Path of the local socket.
+    #[serde(default = "default_socket")]
+    pub socket: PathBuf,
+    /// Certificate.
+    pub tls: Tls,
+    /// How data is sealed.
+    #[serde(default)]
+    pub aead: Aead,
+    /// Largest packet the underlay between all members carries, in bytes; 1280 to 9216.
+    #[serde(default = "default_underlay_mtu")]
+    pub underlay_mtu: u16,
+    /// Networks carried from the start.
+    #[serde(default, rename = "network")]
+    pub networks: Vec<NetworkConfig>,
+    /// Ports made at the start.
+    #[serde(default, rename = "port")]
+    pub ports: Vec<PortConfig>,
+}
+
+fn default_socket() -> PathBuf {
+    "/run/violin/switchd.sock".into()
+}
+
+const fn default_underlay_mtu() -> u16 {
+    1500
+}
+
+/// How data between switches is sealed. Both ends must agree; nothing is ever negotiated down.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Aead {
+    /// Not at all: datagrams are admitted by source address and receiver index only.
+    #[default]
+    None,
+}
+
+/// One network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct NetworkConfig {
+    /// Identifier.
+    pub vni: Vni,
+    /// Largest layer-3 packet, in bytes; 576 to 9000.
+    #[serde(default = "default_mtu")]
+    pub mtu: u16,
+    /// How long a silent learned MAC stays in the FDB; 10s to 1h.
+    #[serde(default = "default_ageing")]
+    pub ageing: Span,
+}
+
+const fn default_mtu() -> u16 {
+    crate::wire::mesh::DEFAULT_MTU
+}
+
+const fn default_ageing() -> Span {
+    Span::from_secs(300)
+}
+
+/// One port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", tag = "kind")]
+pub enum PortConfig {
+    /// An existing interface.
+    #[serde(rename_all = "kebab-case")]
+    Packet {
+        /// Network.
+        vni: Vni,
+        /// Interface.
+        interface: String,
+        /// Owned MAC with its VM's name; none: sources are learned.
+        mac: Option<MacAddr>,
+    },
+    /// A TAP made by the switch.
+    #[serde(rename_all = "kebab-case")]
+    Tap {
+        /// Network.
+        vni: Vni,
+        /// Interface.
+        interface: String,
+        /// Network namespace it is moved into.
+        netns: Option<String>,
+    },
+    /// A gateway to a foreign VXLAN tunnel end.
+    #[serde(rename_all = "kebab-case")]
+    Vxlan {
+        /// Network.
+        vni: Vni,
+        /// Local address and port.
+        local: SocketAddr,
+        /// Foreign address and port.
+        remote: SocketAddr,
+        /// Identifier on the foreign side.
+        remote_vni: Vni,
+    },
+}
+
+impl PortConfig {
+    /// The network it belongs to.
+    pub const fn vni(&self) -> Vni {
+        match self {
+            Self::Packet { vni, .. } | Self::Tap { vni, .. } | Self::Vxlan { vni, .. } => *vni,
+        }
+    }
+}
+
+impl SwitchConfig {
+    /// Reads and checks a file's text.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        let config: Self = from_toml(text)?;
+        if !(1280..=9216).contains(&config.underlay_mtu) {
+            return Err(ConfigError::value("underlay-mtu", config.underlay_mtu, "1280 to 9216"));
+        }
+        let mut vnis = BTreeSet::new();
+        for (index, network) in config.networks.iter().enumerate() {
+            if !vnis.insert(network.vni) {
+                return Err(ConfigError::value(format!("network[{index}].vni"), network.vni, "each network once"));
+            }
+            if !(576..=9000).contains(&network.mtu) {
+                return Err(ConfigError::value(format!("network[{index}].mtu"), network.mtu, "576 to 9000"));
+            }
+            if network.ageing < Span::from_secs(10) || network.ageing > Span::from_secs(3600) {
+                return Err(ConfigError::value(format!("network[{index}].ageing"), network.ageing, "10s to 1h"));
+            }
+        }
+        let mut macs = BTreeSet::new();
+        let mut interfaces = BTreeSet::new();
+        for (index, port) in config.ports.iter().enumerate() {
+            if !vnis.contains(&port.vni()) {
+                return Err(ConfigError::value(
+                    format!("port[{index}].vni"),
+                    port.vni(),
+                    "the vni of a [[network]] in this file",
+                ));
+            }
+            if let PortConfig::Packet { vni, mac: Some(mac), .. } = port
+                && (mac.is_group() || !macs.insert((*vni, *mac)))
+            {
+                return Err(ConfigError::value(format!("port[{index}].mac"), mac, "an individual address, once a network"));
+            }
+            if let PortConfig::Packet { interface, .. } | PortConfig::Tap { interface, .. } = port
+                && (interface.is_empty() || interface.len() > 15 || !interfaces.insert(interface))
+            {
+                return Err(ConfigError::value(
+                    format!("port[{index}].interface"),
+                    interface,
+                    "1 to 15 bytes, each interface once",
+                ));
+            }
+        }
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXAMPLE: &str = include_str!("../../../configs/switchd.example.toml");
+
+    #[test]
+    fn the_example_parses_and_its_commented_lines_are_the_defaults() {
+        let given = SwitchConfig::parse(EXAMPLE).unwrap();
+        let uncomment = |line: &str| match line.strip_prefix("# ") {
+            Some(rest)
+                if rest.split_once(" = ").is_some_and(|(key, _)| key.bytes().all(|b| b.is_ascii_lowercase() || b == b'-')) =>
+            {
+                rest.to_owned()
+            }
+            _ => line.to_owned(),
+        };
+        let optional = |line: &&str| !line.contains("no default");
+        let text: Vec<String> = EXAMPLE.lines().filter(optional).map(uncomment).collect();
+
+        assert_eq!(SwitchConfig::parse(&text.join("\n")).unwrap(), given);
+        for key in ["socket", "aead", "underlay-mtu", "mtu", "ageing"] {
+            assert!(text.iter().any(|line| line.starts_with(&format!("{key} = "))), "{key} is not explained");
+        }
+        let with_optional: Vec<String> = EXAMPLE.lines().map(uncomment).collect();
+        assert!(SwitchConfig::parse(&with_optional.join("\n")).is_ok());
+    }
+
+    #[test]
+    fn errors_name_key_got_and_wanted() {
+        let cases = [
+            ("vni = 42 ", "vni = 0 ", "got VNI 0, want 1 to 16777215"),
+            ("vni = 42 ", "vni = 16777216 ", "got VNI 16777216"),
+            ("# mtu = 1400 ", "mtu = 100 ", "key `network[0].mtu`: got 100, want 576 to 9000"),
+            ("# ageing = \"300s\"", "ageing = \"300\"", "got \"300\", want a whole number and a unit"),
+            ("# ageing = \"300s\"", "ageing = \"1s\"", "key `network[0].ageing`: got 1s, want 10s to 1h"),
+            ("# aead = \"none\"", "aead = \"rot13\"", "unknown variant `rot13`"),
+            ("# underlay-mtu = 1500", "underlay-mtu = 500", "key `underlay-mtu`: got 500, want 1280 to 9216"),
+            ("host = \"h1\"", "hots = \"h1\"", "unknown field `hots`"),
+            ("interface = \"tap42\"", "interface = \"veth42\"", "key `port[1].interface`: got veth42, want"),
+            ("# mac = \"52:54:00:00:00:2a\"", "mac = \"53:54:00:00:00:2a\"", "key `port[0].mac`: got 53:54:00:00:00:2a, want"),
+            ("# netns", "unknown-key", "unknown field `unknown-key`"),
+        ];
+        for (from, to, wanted) in cases {
+            assert!(EXAMPLE.contains(from), "{from}");
+            let error = SwitchConfig::parse(&EXAMPLE.replacen(from, to, 1)).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{to}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_owned_mac_may_not_be_used_twice_in_one_network() {
+        let twice = EXAMPLE.replace("# mac = \"52", "mac = \"52").replace(
+            "[[port]]\nkind = \"tap\"",
+            "[[port]]\nkind = \"packet\"\nvni = 42\ninterface = \"other\"\nmac = \"52:54:00:00:00:2a\"\n[[port]]\nkind = \"tap\"",
+        );
+
+        let error = SwitchConfig::parse(&twice).unwrap_err().to_string();
+
+        assert!(
+            error.contains("key `port[1].mac`: got 52:54:00:00:00:2a, want an individual address, once a network"),
+            "{error}"
+        );
+    }
+}
