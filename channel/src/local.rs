@@ -1,0 +1,259 @@
+//! The Unix socket for operators and neighbours: one JSON value a line, requests in, [`Response`] lines out.
+//!
+//! A connection may ask several times, one after the other. Only the daemon's own user can open the socket.
+
+pub mod blocking;
+
+use serde::{Serialize, de::DeserializeOwned};
+use std::future::Future;
+use std::io;
+use std::marker::PhantomData;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use violin_common::api::Response;
+
+/// Longest line, in bytes.
+pub const MAX_LINE: u64 = 4 << 20;
+
+/// A bound socket; its file is removed when this is dropped.
+#[derive(Debug)]
+pub struct Listener {
+    inner: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Binds the socket, mode 0600. A socket nobody listens on, as a killed daemon leaves it, is replaced.
+///
+/// *Errors*: somebody listens there already, or the directory cannot be made or written.
+pub fn bind(path: &Path) -> io::Result<Listener> {
+    let explain = |what: &str, error: io::Error| io::Error::new(error.kind(), format!("{what} {}: {error}", path.display()));
+    if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+        std::fs::create_dir_all(directory).map_err(|error| explain("could not make the directory of", error))?;
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Ok(_) => {
+            let taken = format!("somebody listens on {} already: stop it, or choose another `socket`", path.display());
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, taken));
+        }
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(|error| explain("could not remove the stale socket", error))?;
+        }
+        Err(_) => {}
+    }
+    let inner = UnixListener::bind(path).map_err(|error| explain("could not bind", error))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+        .map_err(|error| explain("could not restrict", error))?;
+    Ok(Listener { inner, path: path.to_owned() })
+}
+
+/// The asker has hung up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the asker has hung up")]
+pub struct HungUp;
+
+/// Where answers to one request go: one, or many for a watching request.
+#[derive(Debug)]
+pub struct Sink<A> {
+    lines: mpsc::Sender<Vec<u8>>,
+    answer: PhantomData<fn(A)>,
+}
+
+impl<A> Clone for Sink<A> {
+    fn clone(&self) -> Self {
+        Self { lines: self.lines.clone(), answer: PhantomData }
+    }
+}
+
+impl<A: Serialize> Sink<A> {
+    /// Sends one line.
+    pub async fn send(&self, answer: Response<A>) -> Result<(), HungUp> {
+        let line = line_of(&answer).unwrap_or_else(|error| {
+            let error = Response::<()>::Error(format!("could not write the answer: {error}"));
+            line_of(&error).unwrap_or_default()
+        });
+        self.lines.send(line).await.map_err(|_| HungUp)
+    }
+
+    /// Sends a result.
+    pub async fn finish(&self, result: Result<A, String>) -> Result<(), HungUp> {
+        self.send(match result {
+            Ok(answer) => Response::Ok(answer),
+            Err(words) => Response::Error(words),
+        })
+        .await
+    }
+
+    /// Waits until the asker has hung up.
+    pub async fn closed(&self) {
+        self.lines.closed().await;
+    }
+}
+
+fn line_of<T: Serialize>(value: &T) -> serde_json::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// Serves requests for ever: `handler` is called for each and answers through its sink.
+///
+/// A handler is carried to its end even if the asker hangs up; one that watches should end when the sink says so.
+pub async fn serve<Q, A, H, F>(listener: Listener, handler: H)
+where
+    Q: DeserializeOwned + Send + 'static,
+    A: Serialize + Send + 'static,
+    H: Fn(Q, Sink<A>) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    loop {
+        match listener.inner.accept().await {
+            Ok((stream, _)) => {
+                let handler = handler.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = converse(stream, handler).await {
+                        tracing::debug!(%error, "local connection ended");
+                    }
+                });
+            }
+            Err(error) => {
+                // Out of descriptors, most likely: others may free some soon.
+                tracing::warn!(%error, "could not accept a local connection");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn converse<Q, A, H, F>(mut stream: UnixStream, handler: H) -> io::Result<()>
+where
+    Q: DeserializeOwned + Send + 'static,
+    A: Serialize + Send + 'static,
+    H: Fn(Q, Sink<A>) -> F,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut rest = Vec::new();
+    loop {
+        let Some(line) = read_line(&mut stream, &mut rest).await? else { return Ok(()) };
+        if line.iter().all(u8::is_ascii_whitespace) {
+            continue;
+        }
+        let (lines, mut answers) = mpsc::channel(64);
+        let sink = Sink { lines, answer: PhantomData };
+        match serde_json::from_slice::<Q>(&line) {
+            Ok(request) => {
+                tokio::spawn(handler(request, sink));
+            }
+            Err(error) => {
+                let words = format!("could not read the request: {error}");
+                let _ = sink.send(Response::Error(words)).await;
+                drop(sink);
+            }
+        }
+        loop {
+            tokio::select! {
+                answer = answers.recv() => match answer {
+                    Some(line) => stream.write_all(&line).await?,
+                    None => break,
+                },
+                () = hung_up(&stream) => return Ok(()),
+            }
+        }
+    }
+}
+
+/// Ends when the other end is closed for good; one that has only finished asking still reads.
+async fn hung_up(stream: &UnixStream) {
+    loop {
+        match stream.ready(Interest::WRITABLE).await {
+            Ok(ready) if !ready.is_write_closed() => tokio::time::sleep(std::time::Duration::from_millis(200)).await,
+            _ => return,
+        }
+    }
+}
+
+async fn read_line(stream: &mut UnixStream, rest: &mut Vec<u8>) -> io::Result<Option<Vec<u8>>> {
+    let mut searched = 0;
+    loop {
+        if let Some(end) = rest[searched..].iter().position(|&byte| byte == b'\n') {
+            let tail = rest.split_off(searched + end + 1);
+            return Ok(Some(std::mem::replace(rest, tail)));
+        }
+        searched = rest.len();
+        if rest.len() as u64 > MAX_LINE {
+            return Err(io::Error::other("a request line of more than 4 MiB"));
+        }
+        if stream.read_buf(rest).await? == 0 {
+            return Ok((!rest.is_empty()).then(|| std::mem::take(rest)));
+        }
+    }
+}
+
+/// In words: what could not be reached and what to look at.
+fn unreachable(path: &Path, error: &io::Error) -> String {
+    let daemon = path.file_stem().map_or_else(|| "the daemon".into(), |stem| stem.to_string_lossy());
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            format!("cannot reach {daemon} at {}: is it running?", path.display())
+        }
+        io::ErrorKind::PermissionDenied => {
+            format!("cannot reach {daemon} at {}: permission denied; ask as the user it runs as", path.display())
+        }
+        _ => format!("cannot reach {daemon} at {}: {error}", path.display()),
+    }
+}
+
+fn broke(path: &Path, error: &dyn std::fmt::Display) -> String {
+    format!("the connection to {} broke: {error}", path.display())
+}
+
+fn answer_in<A: DeserializeOwned>(path: &Path, line: &[u8]) -> Result<A, String> {
+    serde_json::from_slice::<Response<A>>(line)
+        .map_err(|error| format!("could not read the answer of {}: {error}; do both run the same version?", path.display()))
+        .and_then(Result::from)
+}
+
+/// Asks once and waits for the one answer.
+pub async fn ask<Q: Serialize, A: DeserializeOwned>(path: &Path, request: &Q) -> Result<A, String> {
+    watch(path, request).await?.next().await.unwrap_or_else(|| Err(broke(path, &"it hung up without an answer")))
+}
+
+/// Answers of a watching request, as they come.
+#[derive(Debug)]
+pub struct Watch<A> {
+    reader: BufReader<UnixStream>,
+    path: PathBuf,
+    line: Vec<u8>,
+    answer: PhantomData<fn() -> A>,
+}
+
+impl<A: DeserializeOwned> Watch<A> {
+    /// The next answer; `None`: the daemon has ended the connection. May be cancelled without losing anything.
+    pub async fn next(&mut self) -> Option<Result<A, String>> {
+        let room = MAX_LINE.saturating_sub(self.line.len() as u64);
+        let read = (&mut self.reader).take(room).read_until(b'\n', &mut self.line).await;
+        let line = std::mem::take(&mut self.line);
+        match read {
+            Ok(_) if line.is_empty() => None,
+            Ok(_) if line.ends_with(b"\n") => Some(answer_in(&self.path, &line)),
+            Ok(_) => Some(Err(broke(&self.path, &"in the middle of an answer"))),
+            Err(error) => Some(Err(broke(&self.path, &error))),
+        }
+    }
+}
+
+/// Asks and hands out the answers one by one. Dropping the watch hangs up.
+pub async fn watch<Q: Serialize, A: DeserializeOwned>(path: &Path, request: &Q) -> Result<Watch<A>, String> {
+    let mut stream = UnixStream::connect(path).await.map_err(|error| unreachable(path, &error))?;
+    let line = line_of(request).map_err(|error| format!("could not write the request: {error}"))?;
+    stream.write_all(&line).await.map_err(|error| broke(path, &error))?;
+    Ok(Watch { reader: BufReader::new(stream), path: path.to_owned(), line: Vec::new(), answer: PhantomData })
+}

@@ -1,0 +1,188 @@
+//! Two endpoints on loopback with certificates made here.
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use violin_channel::tls::{Credentials, Timing};
+use violin_channel::{frame, local, quic};
+use violin_common::HostId;
+use violin_common::api::Response;
+use violin_common::config::Tls;
+
+type Authority = CertifiedIssuer<'static, KeyPair>;
+
+fn authority() -> Authority {
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(DnType::CommonName, "authority of a test");
+    CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
+}
+
+fn credentials(directory: &Path, authority: &Authority, host: &str, unit: &str, dns: &str) -> Tls {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(vec![dns.to_owned()]).unwrap();
+    params.distinguished_name.push(DnType::CommonName, host);
+    params.distinguished_name.push(DnType::OrganizationalUnitName, unit);
+    let certificate = params.signed_by(&key, authority).unwrap();
+    let tls = Tls {
+        ca: directory.join(format!("{host}-ca.pem")),
+        cert: directory.join(format!("{host}.pem")),
+        key: directory.join(format!("{host}.key")),
+    };
+    std::fs::write(&tls.ca, authority.pem()).unwrap();
+    std::fs::write(&tls.cert, certificate.pem()).unwrap();
+    std::fs::write(&tls.key, key.serialize_pem()).unwrap();
+    tls
+}
+
+fn load(tls: &Tls) -> Arc<Credentials> {
+    Arc::new(Credentials::load(tls).unwrap())
+}
+
+fn listen(credentials: Arc<Credentials>) -> quic::Endpoint {
+    quic::listen("127.0.0.1:0".parse().unwrap(), credentials, quic::alpn::MESH, Timing::BRISK).unwrap()
+}
+
+#[tokio::test]
+async fn both_ends_know_each_other_and_messages_arrive_whole() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = authority();
+    let server = listen(load(&credentials(directory.path(), &authority, "h1", "d1", "h1")));
+    let client = listen(load(&credentials(directory.path(), &authority, "h2", "d2", "h2")));
+    let address = server.local_addr().unwrap();
+    let serving = tokio::spawn(async move {
+        let (connection, who) = quic::admit(server.accept().await.unwrap()).await.unwrap();
+        let (mut out, mut inn) = connection.accept_bi().await.unwrap();
+        while let Some(text) = frame::recv::<String>(&mut inn).await.unwrap() {
+            frame::send(&mut out, &text).await.unwrap();
+        }
+        out.finish().unwrap();
+        let _ = out.stopped().await;
+        who
+    });
+
+    let (connection, who) = client.connect(address, Some(&"h1".parse().unwrap())).await.unwrap();
+    let (mut out, mut inn) = connection.open_bi().await.unwrap();
+    for text in ["", "x", &"long".repeat(100_000)] {
+        frame::send(&mut out, text).await.unwrap();
+        assert_eq!(frame::recv::<String>(&mut inn).await.unwrap().as_deref(), Some(text));
+    }
+    out.finish().unwrap();
+    assert!(frame::recv::<String>(&mut inn).await.unwrap().is_none());
+
+    assert_eq!((who.host.as_str(), who.domain.as_str()), ("h1", "d1"));
+    let who = serving.await.unwrap();
+    assert_eq!((who.host.as_str(), who.domain.as_str()), ("h2", "d2"));
+}
+
+#[tokio::test]
+async fn another_host_than_the_expected_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = authority();
+    let server = listen(load(&credentials(directory.path(), &authority, "h1", "d1", "h1")));
+    let client = listen(load(&credentials(directory.path(), &authority, "h2", "d1", "h2")));
+    let address = server.local_addr().unwrap();
+    tokio::spawn(async move { quic::admit(server.accept().await.unwrap()).await });
+
+    let wanted: HostId = "h3".parse().unwrap();
+    let error = client.connect(address, Some(&wanted)).await.unwrap_err().to_string();
+
+    assert!(error.contains("got host h1, want h3"), "{error}");
+}
+
+#[tokio::test]
+async fn a_certificate_of_another_authority_is_refused_by_both_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let (ours, theirs) = (authority(), authority());
+    let trusted = load(&credentials(directory.path(), &ours, "h1", "d1", "h1"));
+    let mut foreign = credentials(directory.path(), &theirs, "h2", "d1", "h2");
+    let caller_refused = {
+        let server = listen(Arc::clone(&trusted));
+        // It trusts the right authority and is signed by the wrong one: only the server can refuse it.
+        foreign.ca = directory.path().join("h1-ca.pem");
+        let client = listen(load(&foreign));
+        let address = server.local_addr().unwrap();
+        let serving = tokio::spawn(async move { quic::admit(server.accept().await.unwrap()).await.map(drop) });
+        let connected = client.connect(address, None).await;
+        let refused = serving.await.unwrap();
+        drop(connected);
+        refused
+    };
+    assert!(caller_refused.is_err());
+
+    let server = listen(load(&foreign));
+    let client = listen(trusted);
+    let address = server.local_addr().unwrap();
+    tokio::spawn(async move { quic::admit(server.accept().await.unwrap()).await });
+    assert!(client.connect(address, None).await.is_err());
+}
+
+#[test]
+fn a_certificate_without_the_hosts_dns_name_is_no_identity() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = authority();
+
+    let error = Credentials::load(&credentials(directory.path(), &authority, "h1", "d1", "h2")).unwrap_err();
+
+    assert!(error.to_string().contains("without DNS name \"h1\""), "{error}");
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Question {
+    Double(u32),
+    Count(u32),
+    Forever,
+}
+
+async fn answer(question: Question, sink: local::Sink<u32>, gone: tokio::sync::mpsc::Sender<()>) {
+    match question {
+        Question::Double(number) => drop(sink.finish(Ok(number * 2)).await),
+        Question::Count(to) => {
+            for number in 0..to {
+                if sink.send(Response::Ok(number)).await.is_err() {
+                    return;
+                }
+            }
+            let _ = sink.finish(Err("that is all".into())).await;
+        }
+        Question::Forever => {
+            let _ = sink.send(Response::Ok(0)).await;
+            sink.closed().await;
+            let _ = gone.send(()).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_local_socket_answers_once_or_many_times_and_notices_who_hangs_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("made").join("switchd.sock");
+    let (gone, mut hung_up) = tokio::sync::mpsc::channel(1);
+    let listener = local::bind(&path).unwrap();
+    assert!(local::bind(&path).is_err(), "a second daemon took the socket over");
+    let serving = tokio::spawn(local::serve(listener, move |question, sink| answer(question, sink, gone.clone())));
+
+    assert_eq!(local::ask::<_, u32>(&path, &Question::Double(21)).await, Ok(42));
+    let (again, from) = (path.clone(), path.clone());
+    let blocking = move || local::blocking::ask::<_, u32>(&again, &Question::Double(4));
+    assert_eq!(tokio::task::spawn_blocking(blocking).await.unwrap(), Ok(8));
+    let blocking = move || local::blocking::stream::<_, u32>(&from, &Question::Count(3)).unwrap().take(4).collect::<Vec<_>>();
+    let counted = tokio::task::spawn_blocking(blocking).await.unwrap();
+    assert_eq!(counted, [Ok(0), Ok(1), Ok(2), Err("that is all".into())]);
+    let unreadable = local::ask::<_, u32>(&path, &"nonsense").await.unwrap_err();
+    assert!(unreadable.contains("could not read the request"), "{unreadable}");
+    let mut watch = local::watch::<_, u32>(&path, &Question::Forever).await.unwrap();
+    assert_eq!(watch.next().await, Some(Ok(0)));
+    drop(watch);
+    tokio::time::timeout(Duration::from_secs(5), hung_up.recv()).await.expect("the handler never learned of it");
+
+    serving.abort();
+    let _ = serving.await;
+    let error = local::ask::<_, u32>(&path, &Question::Double(1)).await.unwrap_err();
+    assert!(error.contains("cannot reach switchd at") && error.contains("is it running?"), "{error}");
+    // As a killed daemon leaves it.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    assert!(local::bind(&path).is_ok(), "a stale socket was in the way");
+}
