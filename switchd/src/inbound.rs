@@ -1,0 +1,270 @@
+//! A datagram's way in: admit by index and address → open → check the network → parse → merge → learn → lookup → deliver.
+//!
+//! Consecutive slices of one super-frame become one super-frame again without being copied: the parts handed to a port
+//! point into the receive buffers. A gap, or the end of what was received, ends the super-frame; what is there leaves as a
+//! shorter one with its headers made to fit, so a lost datagram costs one segment and nothing waits.
+
+use crate::drops::DropReason;
+use crate::fdb::Learned;
+use crate::reassembly::MAX_FRAME;
+use crate::slice::Crossing;
+use crate::tables::{Forwarding, Network, Peer, PeerSlot, Place};
+use crate::transport::{MAX_HEADERS, Part, Transport};
+use crate::virtio::Offload;
+use crate::worker::{Egress, Passing, Worker, largest_frame};
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering::Relaxed;
+use violin_common::wire::ethernet::Header;
+use violin_common::wire::mesh::{Kind, OUTER_LEN, Outer, SLICE_LEN, Segmentation, Slice, mark};
+use violin_common::{Instant, MacAddr};
+
+/// A super-frame whose slices are still coming in; lives as long as the receive buffers it points into.
+#[derive(Debug)]
+struct Merge<'b> {
+    peer: PeerSlot,
+    first: Slice,
+    header: Header,
+    transport: Transport,
+    /// Headers, then one payload after another.
+    parts: Vec<&'b [u8]>,
+    /// Where the next slice's payload belongs.
+    next: u32,
+}
+
+/// The super-frame in the making while a vector of datagrams is walked. To be given to [`Worker::inbound_end`].
+#[derive(Debug, Default)]
+pub struct Merging<'b>(Option<Merge<'b>>);
+
+impl<'b> Merge<'b> {
+    fn start(peer: PeerSlot, slice: Slice, bytes: &'b [u8]) -> Result<Self, DropReason> {
+        let header = Header::parse(bytes).map_err(|_| DropReason::Runt)?;
+        let transport = Transport::find(bytes, &header)
+            .filter(|t| t.is(slice.segmentation) && t.payload <= MAX_HEADERS)
+            .ok_or(DropReason::BadSlice)?;
+        let (headers, _) = bytes.split_at_checked(transport.payload).ok_or(DropReason::BadSlice)?;
+        let before = (slice.offset as usize).checked_sub(transport.payload).ok_or(DropReason::BadSlice)?;
+        if before % usize::from(slice.segment_size.max(1)) != 0 || slice.total as usize > MAX_FRAME {
+            return Err(DropReason::BadSlice);
+        }
+        let mut merge = Self { peer, first: slice, header, transport, parts: vec![headers], next: slice.offset };
+        if merge.extend(&slice, bytes) { Ok(merge) } else { Err(DropReason::BadSlice) }
+    }
+
+    /// Takes the slice if it is the next one of this super-frame.
+    fn extend(&mut self, slice: &Slice, bytes: &'b [u8]) -> bool {
+        if *slice != (Slice { offset: self.next, ..self.first }) {
+            return false;
+        }
+        let Some((_, piece)) = bytes.split_at_checked(self.transport.payload) else { return false };
+        let full = piece.len() == usize::from(slice.segment_size);
+        let end = self.next as usize + piece.len();
+        let last = end == slice.total as usize && piece.len() <= usize::from(slice.segment_size);
+        if piece.is_empty() || end > slice.total as usize || !(full || last) {
+            return false;
+        }
+        self.parts.push(piece);
+        self.next = end as u32;
+        true
+    }
+
+    fn is_complete(&self) -> bool {
+        self.next == self.first.total
+    }
+}
+
+impl Worker {
+    /// Takes one datagram that is not QUIC's. `merging` carries super-frames over from one datagram to the next.
+    pub fn inbound<'b>(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        from: SocketAddr,
+        datagram: &'b [u8],
+        merging: &mut Merging<'b>,
+        out: &mut dyn Egress,
+    ) {
+        if let Err(reason) = self.datagram_in(now, tables, from, datagram, merging, out) {
+            self.counters.drops.count(reason);
+        }
+    }
+
+    /// Ends a vector of datagrams: nothing of it waits for the next.
+    pub fn inbound_end(&mut self, now: Instant, tables: &Forwarding, merging: Merging<'_>, out: &mut dyn Egress) {
+        self.emerge(now, tables, merging.0, out);
+        self.depart(tables, out);
+    }
+
+    fn datagram_in<'b>(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        from: SocketAddr,
+        datagram: &'b [u8],
+        merging: &mut Merging<'b>,
+        out: &mut dyn Egress,
+    ) -> Result<(), DropReason> {
+        let outer = Outer::parse(datagram).map_err(|_| DropReason::BadDatagram)?;
+        let (slot, peer) = admit(tables, from, &outer)?;
+        peer.traffic.admitted(1, datagram.len() as u64);
+        if outer.kind != Kind::Data {
+            return Err(DropReason::UnknownKind);
+        }
+        // Opening a sealed body belongs here, before anything in it is believed.
+        let body = datagram.get(OUTER_LEN..).ok_or(DropReason::BadDatagram)?;
+        let slice = Slice::parse(body).map_err(|_| DropReason::BadSlice)?;
+        let network =
+            tables.networks.get(&slice.vni).filter(|_| peer.networks.contains(&slice.vni)).ok_or(DropReason::ForeignNetwork)?;
+        let bytes = body.get(SLICE_LEN..).ok_or(DropReason::BadSlice)?;
+
+        if slice.segmentation != Segmentation::None {
+            let extended = merging.0.as_mut().is_some_and(|merge| merge.peer == slot && merge.extend(&slice, bytes));
+            if !extended {
+                self.emerge(now, tables, merging.0.take(), out);
+                merging.0 = Some(Merge::start(slot, slice, bytes)?);
+            }
+            if merging.0.as_ref().is_some_and(Merge::is_complete) {
+                self.emerge(now, tables, merging.0.take(), out);
+            }
+            return Ok(());
+        }
+        self.emerge(now, tables, merging.0.take(), out);
+        if slice.total as usize > largest_frame(network.mtu) {
+            return Err(DropReason::TooBig);
+        }
+        if slice.offset == 0 && slice.total as usize == bytes.len() {
+            return self.ordinary_in(now, tables, slot, &slice, bytes, out);
+        }
+        let reassembly = self.reassembly.entry(slot).or_default();
+        let drops = &self.counters.drops;
+        match reassembly.take(now, outer.queue, &slice, bytes, |reason| drops.count(reason))? {
+            Some(frame) => self.ordinary_in(now, tables, slot, &slice, &frame, out),
+            None => Ok(()),
+        }
+    }
+
+    fn ordinary_in(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        peer: PeerSlot,
+        slice: &Slice,
+        frame: &[u8],
+        out: &mut dyn Egress,
+    ) -> Result<(), DropReason> {
+        let header = Header::parse(frame).map_err(|_| DropReason::Runt)?;
+        let mut offload = Offload::default();
+        let mut transport = None;
+        if slice.marks & mark::PARTIAL_CHECKSUM != 0 {
+            let found = Transport::find(frame, &header).ok_or(DropReason::Checksum)?;
+            offload.checksum = Some(found.checksum());
+            transport = Some(found);
+        }
+        let parts: [&[u8]; 1] = [frame];
+        let passing = Passing { vni: slice.vni, from: Place::Peer(peer), header, offload, transport, parts: &parts };
+        self.forward_in(now, tables, peer, slice.marks, &passing, out)
+    }
+
+    /// Lets a super-frame go as far as it has come.
+    fn emerge(&mut self, now: Instant, tables: &Forwarding, merge: Option<Merge<'_>>, out: &mut dyn Egress) {
+        let Some(mut merge) = merge else { return };
+        let (first, transport) = (merge.first, merge.transport);
+        let mut headers = [0; MAX_HEADERS];
+        let whole = first.offset as usize == transport.payload && merge.is_complete();
+        if let (false, Some(headers), Some(original)) = (whole, headers.get_mut(..transport.payload), merge.parts.first()) {
+            headers.copy_from_slice(original);
+            let start = first.offset as usize - transport.payload;
+            let part = Part { start, len: (merge.next - first.offset) as usize, last: merge.is_complete() };
+            transport.cut(headers, part, first.segment_size);
+        }
+        if !whole {
+            merge.parts[0] = &headers[..transport.payload];
+        }
+        let several = merge.parts.len() > 2;
+        let offload = Offload {
+            checksum: Some(transport.checksum()),
+            segmentation: if several { first.segmentation } else { Segmentation::None },
+            segment_size: if several { first.segment_size } else { 0 },
+            ecn: several && first.marks & mark::ECN != 0,
+            header_len: transport.payload as u16,
+        };
+        let (vni, from, header) = (first.vni, Place::Peer(merge.peer), merge.header);
+        let passing = Passing { vni, from, header, offload, transport: Some(transport), parts: &merge.parts };
+        if let Err(reason) = self.forward_in(now, tables, merge.peer, first.marks, &passing, out) {
+            self.counters.drops.count(reason);
+        }
+    }
+
+    /// Decides where a frame from a tunnel goes: local ports only, but for a MAC that has just moved.
+    fn forward_in(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        from: PeerSlot,
+        marks: u8,
+        passing: &Passing<'_>,
+        out: &mut dyn Egress,
+    ) -> Result<(), DropReason> {
+        let network = tables.networks.get(&passing.vni).ok_or(DropReason::ForeignNetwork)?;
+        let Header { source, destination, .. } = passing.header;
+        if source.is_group() || source == MacAddr([0; 6]) {
+            return Err(DropReason::BadSource);
+        }
+        if destination.is_link_local() {
+            return Err(DropReason::LinkLocal);
+        }
+        if passing.packet_len() > usize::from(network.mtu) {
+            return Err(DropReason::TooBig);
+        }
+        let moved = marks & mark::MOVED != 0;
+        if !moved && !network.owned.contains_key(&source) {
+            self.learn_in(now, network, from, &passing.header);
+        }
+        if destination.is_group() {
+            self.flood_in(now, tables, network, passing, out);
+            return Ok(());
+        }
+        if let Some(owned) = network.owned.get(&destination) {
+            match (owned.arriving, owned.at) {
+                (Some(port), _) | (None, Place::Port(port)) => self.hand_over(now, tables, port, passing, out),
+                (None, Place::Peer(peer)) if owned.forward_late && !moved => {
+                    self.counters.late_forwards.fetch_add(1, Relaxed);
+                    let frame = passing.parts.concat();
+                    let Passing { vni, offload, transport, .. } = *passing;
+                    let crossing = Crossing { vni, marks: mark::MOVED, offload, transport, frame: &frame };
+                    self.cross(tables, peer, &crossing, out);
+                }
+                (None, Place::Peer(_)) => return Err(DropReason::SplitHorizon),
+                (None, Place::Nowhere) => return Err(DropReason::OwnerUnreachable),
+            }
+            return Ok(());
+        }
+        match network.fdb.lookup(now, passing.header.outer_vid, destination, network.ageing) {
+            Some(Place::Port(port)) => self.hand_over(now, tables, port, passing, out),
+            Some(_) => return Err(DropReason::SplitHorizon),
+            None => self.flood_in(now, tables, network, passing, out),
+        }
+        Ok(())
+    }
+
+    fn learn_in(&self, now: Instant, network: &Network, from: PeerSlot, header: &Header) {
+        if let Learned::New | Learned::Moved { .. } = network.fdb.learn(now, header.outer_vid, header.source, Place::Peer(from)) {
+            self.counters.learned.fetch_add(1, Relaxed);
+        }
+    }
+
+    fn flood_in(&mut self, now: Instant, tables: &Forwarding, network: &Network, passing: &Passing<'_>, out: &mut dyn Egress) {
+        for &port in &network.ports {
+            self.hand_over(now, tables, port, passing, out);
+        }
+    }
+}
+
+/// Whose datagram it is: the index must be one we gave away, and the datagram must come from where that peer is.
+fn admit<'t>(tables: &'t Forwarding, from: SocketAddr, outer: &Outer) -> Result<(PeerSlot, &'t Peer), DropReason> {
+    let slot = *tables.by_receiver.get(&outer.receiver).ok_or(DropReason::UnknownReceiver)?;
+    let peer = tables.peers.get(usize::from(slot.0)).and_then(Option::as_ref).ok_or(DropReason::UnknownReceiver)?;
+    if peer.address != from {
+        return Err(DropReason::WrongAddress);
+    }
+    Ok((slot, peer))
+}

@@ -1,0 +1,349 @@
+//! The actor that owns the [`Switch`]: everything that happens becomes an [`Input`], its commands are carried out here.
+//!
+//! One task a connection reads messages, another writes them; both speak with the actor over channels. A peer that does
+//! not keep up with what it is told loses its connection and is told all again on the next.
+
+use super::attach::{Attach, Work};
+use super::dataplane::DataPlane;
+use super::now;
+use crate::members::{Call, LinkId};
+use crate::switch::{Command, Switch, Ticket, Wanted};
+use crate::tables::{Forwarding, WorkerEvent};
+use arc_swap::ArcSwap;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use violin_channel::frame::{self, FrameError};
+use violin_channel::quic::{self, Endpoint};
+use violin_channel::tls::Identity;
+use violin_common::PortId;
+use violin_common::api::switch::{Counter, SwitchReply, SwitchRequest};
+use violin_common::control::mesh::Message;
+
+/// Messages that may wait for one peer.
+const OUTBOX: usize = 1024;
+/// Messages of all peers that may wait for the actor.
+const INBOX: usize = 1024;
+/// Time between two looks at the clock.
+const TICK: Duration = Duration::from_millis(50);
+/// Handshakes of callers under way at most.
+const CALLERS: usize = 256;
+/// How long either end may take to open the stream and send its HELLO.
+const GREETING: Duration = Duration::from_secs(5);
+
+/// What a request is answered with.
+pub type Reply = Result<SwitchReply, String>;
+
+/// What happens outside the switch and the peers.
+#[derive(Debug)]
+pub enum Input {
+    /// A request of the local socket.
+    Request(SwitchRequest, oneshot::Sender<Reply>),
+    /// Attaching has ended.
+    Attached {
+        /// Which.
+        id: PortId,
+        /// How.
+        result: Result<(), String>,
+    },
+    /// What the configuration file wants: networks and ports, what to remove first, and whom to join.
+    Configure(Box<Wanted>),
+    /// The daemon ends; answered when the tables are empty and peers have been told.
+    Drain(oneshot::Sender<()>),
+}
+
+enum LinkEvent {
+    Called(Call, Result<(quinn::Connection, Identity), String>),
+    Admitted(quinn::Connection, Identity),
+    Message(LinkId, Box<Message>),
+    Closed(LinkId, String),
+}
+
+struct Peer {
+    connection: quinn::Connection,
+    outbox: mpsc::Sender<Message>,
+}
+
+/// Control messages and connections that were refused.
+#[derive(Debug, Default)]
+pub struct ControlCounters {
+    malformed: AtomicU64,
+    refused_callers: AtomicU64,
+    protocol: AtomicU64,
+    outbox_full: AtomicU64,
+}
+
+impl ControlCounters {
+    /// All counters with their names.
+    pub fn snapshot(&self) -> Vec<Counter> {
+        let named = [
+            ("control.malformed", &self.malformed),
+            ("control.refused-callers", &self.refused_callers),
+            ("control.protocol-errors", &self.protocol),
+            ("control.outbox-full", &self.outbox_full),
+        ];
+        named.map(|(name, counter)| Counter { name: name.into(), value: counter.load(Ordering::Relaxed) }).into()
+    }
+}
+
+/// What the actor works with.
+#[derive(Debug)]
+pub struct Parts {
+    /// The switch.
+    pub switch: Switch,
+    /// Its QUIC endpoint.
+    pub endpoint: Endpoint,
+    /// Its data plane.
+    pub dataplane: Arc<DataPlane>,
+    /// What the workers read.
+    pub tables: Arc<ArcSwap<Forwarding>>,
+    /// Who attaches ports.
+    pub attach: std::sync::mpsc::Sender<Work>,
+    /// What is counted here.
+    pub counters: Arc<ControlCounters>,
+}
+
+struct Actor {
+    parts: Parts,
+    peers: HashMap<LinkId, Peer>,
+    next_link: u64,
+    tickets: HashMap<Ticket, oneshot::Sender<Reply>>,
+    next_ticket: u64,
+    events: mpsc::Sender<LinkEvent>,
+}
+
+/// Runs the switch until it has been drained.
+pub async fn run(parts: Parts, mut inputs: mpsc::UnboundedReceiver<Input>, mut worker_events: mpsc::Receiver<WorkerEvent>) {
+    let (events, mut link_events) = mpsc::channel(INBOX);
+    tokio::spawn(admit_callers(parts.endpoint.clone(), events.clone(), Arc::clone(&parts.counters)));
+    let (peers, tickets) = (HashMap::new(), HashMap::new());
+    let mut actor = Actor { parts, peers, next_link: 0, tickets, next_ticket: 0, events };
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            // Requests first: a VM waits behind them. What guests can cause comes last.
+            biased;
+            Some(input) = inputs.recv() => {
+                if let Some(done) = actor.input(input) {
+                    actor.drain().await;
+                    let _ = done.send(());
+                    return;
+                }
+            }
+            _ = tick.tick() => actor.parts.switch.handle_timeout(now()),
+            Some(event) = link_events.recv() => actor.link_event(event),
+            Some(event) = worker_events.recv() => actor.parts.switch.handle_worker(event),
+        }
+        actor.carry_out();
+    }
+}
+
+async fn admit_callers(endpoint: Endpoint, events: mpsc::Sender<LinkEvent>, counters: Arc<ControlCounters>) {
+    let under_way = Arc::new(tokio::sync::Semaphore::new(CALLERS));
+    while let Some(incoming) = endpoint.accept().await {
+        let Ok(permit) = Arc::clone(&under_way).try_acquire_owned() else {
+            counters.refused_callers.fetch_add(1, Ordering::Relaxed);
+            incoming.refuse();
+            continue;
+        };
+        let (events, counters) = (events.clone(), Arc::clone(&counters));
+        tokio::spawn(async move {
+            match quic::admit(incoming).await {
+                Ok((connection, who)) => drop(events.send(LinkEvent::Admitted(connection, who)).await),
+                Err(error) => {
+                    counters.refused_callers.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(%error, "caller refused");
+                }
+            }
+            drop(permit);
+        });
+    }
+}
+
+impl Actor {
+    fn input(&mut self, input: Input) -> Option<oneshot::Sender<()>> {
+        match input {
+            Input::Request(request, reply) => {
+                let ticket = Ticket(self.next_ticket);
+                self.next_ticket += 1;
+                self.tickets.insert(ticket, reply);
+                self.parts.switch.handle_request(now(), ticket, request);
+            }
+            Input::Attached { id, result } => self.parts.switch.handle_attached(now(), id, result),
+            Input::Configure(wanted) => self.parts.switch.handle_config(now(), *wanted),
+            Input::Drain(done) => return Some(done),
+        }
+        None
+    }
+
+    fn link_event(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Called(call, result) => {
+                self.parts.switch.handle_called(now(), &call);
+                match result {
+                    Ok((connection, who)) => self.link(connection, who, true),
+                    Err(why) => tracing::debug!(address = %call.address, %why, "call failed"),
+                }
+            }
+            LinkEvent::Admitted(connection, who) => self.link(connection, who, false),
+            LinkEvent::Message(link, message) => {
+                if let Err(why) = self.parts.switch.handle_message(now(), link, *message) {
+                    self.parts.counters.protocol.fetch_add(1, Ordering::Relaxed);
+                    tracing::debug!(?link, %why, "connection refused");
+                }
+            }
+            LinkEvent::Closed(link, why) => {
+                if let Some(peer) = self.peers.remove(&link) {
+                    tracing::debug!(?link, peer = %peer.connection.remote_address(), %why, "connection closed");
+                }
+                self.parts.switch.handle_closed(now(), link);
+            }
+        }
+    }
+
+    fn link(&mut self, connection: quinn::Connection, who: Identity, called: bool) {
+        let link = LinkId(self.next_link);
+        self.next_link += 1;
+        let (outbox, messages) = mpsc::channel(OUTBOX);
+        let address = connection.remote_address();
+        let exchange =
+            exchange(connection.clone(), called, link, messages, self.events.clone(), Arc::clone(&self.parts.counters));
+        tokio::spawn(exchange);
+        self.peers.insert(link, Peer { connection, outbox });
+        self.parts.switch.handle_connected(link, who.host, who.domain, address, called);
+    }
+
+    fn carry_out(&mut self) {
+        for command in self.parts.switch.take_commands(now()) {
+            match command {
+                Command::Publish(tables) => {
+                    self.parts.tables.store(Arc::new(*tables));
+                    self.parts.dataplane.wake();
+                }
+                Command::Attach { slot, id, kind, mtu, arriving, patient } => {
+                    let _ = self.parts.attach.send(Work::Attach(Attach { slot, id, kind, mtu, arriving, patient }));
+                }
+                Command::Detach { slot, id } => drop(self.parts.attach.send(Work::Detach(slot, id))),
+                Command::Call(call) => {
+                    let (endpoint, events) = (self.parts.endpoint.clone(), self.events.clone());
+                    tokio::spawn(async move {
+                        let result = endpoint.connect(call.address, call.expected.as_ref()).await;
+                        let result = result.map_err(|error| error.to_string());
+                        let _ = events.send(LinkEvent::Called(call, result)).await;
+                    });
+                }
+                Command::Send { link, message } => {
+                    let Some(peer) = self.peers.get(&link) else { continue };
+                    if matches!(message, Message::Learned { .. }) && peer.outbox.capacity() < OUTBOX / 2 {
+                        // Guests can cause these at will; a flood will correct the peer's FDB instead.
+                        continue;
+                    }
+                    if let Err(mpsc::error::TrySendError::Full(_)) = peer.outbox.try_send(message) {
+                        self.parts.counters.outbox_full.fetch_add(1, Ordering::Relaxed);
+                        peer.connection.close(quinn::VarInt::from_u32(2), b"you do not keep up");
+                    }
+                }
+                Command::Close { link, why } => {
+                    if let Some(peer) = self.peers.get(&link) {
+                        peer.connection.close(quinn::VarInt::from_u32(1), why.as_bytes());
+                    }
+                }
+                Command::Answer { ticket, reply } => {
+                    if let Some(sender) = self.tickets.remove(&ticket) {
+                        let _ = sender.send(self.complete(reply));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds what only connections know.
+    fn complete(&self, mut reply: Reply) -> Reply {
+        if let Ok(SwitchReply::Peers(seen)) = &mut reply {
+            for peer in seen {
+                let link = self.parts.switch.link_of(&peer.host).and_then(|link| self.peers.get(&link));
+                peer.rtt_ms = link.map(|link| link.connection.rtt().as_secs_f64() * 1e3);
+            }
+        }
+        reply
+    }
+
+    async fn drain(&mut self) {
+        self.parts.switch.handle_drain();
+        self.carry_out();
+        // Each writer ends when its outbox is dropped and finishes its stream, so LEAVE is out before the close.
+        let peers = std::mem::take(&mut self.peers);
+        let mut told = Vec::new();
+        for (_, peer) in peers {
+            drop(peer.outbox);
+            told.push(peer.connection);
+        }
+        let all_gone = async {
+            for connection in &told {
+                connection.closed().await;
+            }
+        };
+        // A peer closes the connection when it has read LEAVE; one that does not answer is not waited for.
+        let _ = tokio::time::timeout(Duration::from_millis(500), all_gone).await;
+    }
+}
+
+/// Speaks with one peer until either end is done.
+async fn exchange(
+    connection: quinn::Connection,
+    called: bool,
+    link: LinkId,
+    mut messages: mpsc::Receiver<Message>,
+    events: mpsc::Sender<LinkEvent>,
+    counters: Arc<ControlCounters>,
+) {
+    let stream = async { if called { connection.open_bi().await } else { connection.accept_bi().await } };
+    let (mut out, mut inn) = match tokio::time::timeout(GREETING, stream).await {
+        Ok(Ok(streams)) => streams,
+        Ok(Err(error)) => return drop(events.send(LinkEvent::Closed(link, error.to_string())).await),
+        Err(_) => {
+            connection.close(quinn::VarInt::from_u32(1), b"no stream opened in time");
+            return drop(events.send(LinkEvent::Closed(link, "no stream opened in time".into())).await);
+        }
+    };
+    let writing = tokio::spawn(async move {
+        while let Some(message) = messages.recv().await {
+            if let Err(error) = frame::send(&mut out, &message).await {
+                tracing::debug!(%error, "could not send");
+                return;
+            }
+        }
+        let _ = out.finish();
+        let _ = out.stopped().await;
+    });
+    let mut greeted = false;
+    let why = loop {
+        let next = frame::recv::<Message>(&mut inn);
+        let received = if greeted {
+            next.await
+        } else {
+            tokio::time::timeout(GREETING, next).await.unwrap_or_else(|_| Err(FrameError::Broken("no HELLO in time".into())))
+        };
+        match received {
+            Ok(Some(message)) => {
+                greeted = true;
+                if events.send(LinkEvent::Message(link, Box::new(message))).await.is_err() {
+                    break "we end".to_owned();
+                }
+            }
+            Ok(None) => break "the peer has finished".to_owned(),
+            Err(error) => {
+                if matches!(error, FrameError::TooLong(_) | FrameError::Malformed { .. } | FrameError::Cut) {
+                    counters.malformed.fetch_add(1, Ordering::Relaxed);
+                }
+                break error.to_string();
+            }
+        }
+    };
+    connection.close(quinn::VarInt::from_u32(1), why.as_bytes());
+    writing.abort();
+    let _ = events.send(LinkEvent::Closed(link, why)).await;
+}

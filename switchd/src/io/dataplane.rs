@@ -1,0 +1,238 @@
+//! The data plane as the control side sees it: a handle to the worker's thread.
+
+use crate::counters::Counters;
+use crate::io::guard;
+use crate::io::pump::{Command, Outside, Pump};
+use crate::io::udp::Mesh;
+use crate::port::{self, PortIo};
+use crate::tables::{Forwarding, PortSlot, WorkerEvent};
+use crate::traffic::Traffic;
+use crate::worker::Worker;
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+use tokio::sync::mpsc::Sender;
+use violin_common::PortId;
+use violin_common::api::switch::{PortKind, TrafficSeen};
+
+pub use crate::port::AttachError;
+
+/// How often a lost interface is looked for at first, and for how many times.
+const LOOK_SOON: (Duration, u32) = (Duration::from_millis(2), 2500);
+/// How often afterwards.
+const LOOK_LATER: Duration = Duration::from_millis(100);
+/// How long a detach waits for the worker.
+const DETACH: Duration = Duration::from_secs(2);
+
+/// A datagram on the mesh port that is QUIC's; segments of a coalesced read come one by one.
+#[derive(Debug, Clone)]
+pub struct QuicDatagram {
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// Its UDP payload.
+    pub bytes: Bytes,
+    /// ECN codepoint of the IP header, 0 to 3.
+    pub ecn: u8,
+}
+
+type Key = (PortSlot, PortId);
+
+/// Ports that are to be open, and what is known of interfaces still on their way.
+#[derive(Debug, Default)]
+struct Wanted {
+    ports: Mutex<HashMap<Key, (PortKind, u16)>>,
+    /// Interface → whether its guard could be put in place before it existed.
+    ahead: Mutex<HashMap<String, bool>>,
+}
+
+impl Wanted {
+    fn ports(&self) -> MutexGuard<'_, HashMap<Key, (PortKind, u16)>> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ahead(&self) -> MutexGuard<'_, HashMap<String, bool>> {
+        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens a port. The first time an interface that is `expected` is not there, the guard is put in place ahead of it where the kernel can
+    /// do that: it saves the time when the guest arrives, and leaves no moment unguarded.
+    fn open(&self, kind: &PortKind, mtu: u16, expected: bool) -> Result<Box<dyn PortIo>, AttachError> {
+        let PortKind::Packet { interface } = kind else { return port::open(kind, mtu, false) };
+        let ahead = self.ahead().get(interface).copied();
+        let opened = port::open(kind, mtu, ahead == Some(true));
+        if let (true, Err(AttachError::NotThere(_)), None) = (expected, &opened, ahead) {
+            let holds = guard::drop_all(interface);
+            tracing::debug!(interface, ?holds, "guard ahead of the interface");
+            self.ahead().insert(interface.clone(), holds.is_ok());
+        }
+        opened
+    }
+
+    fn undo(&self, kind: &PortKind) {
+        if let PortKind::Packet { interface } = kind {
+            self.ahead().remove(interface);
+        }
+        port::undo(kind);
+    }
+}
+
+/// The way to the worker's thread.
+#[derive(Debug, Clone)]
+struct Line {
+    commands: mpsc::Sender<Command>,
+    wake: Arc<EventFd>,
+}
+
+impl Line {
+    fn say(&self, command: Command) {
+        let _ = self.commands.send(command);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // Fails only when the counter is full, and then the worker wakes anyway.
+        let _ = self.wake.write(1);
+    }
+}
+
+/// Owns the worker's thread, which owns the ports and reads the mesh port. Dropping it stops the thread; guards stay.
+#[derive(Debug)]
+pub struct DataPlane {
+    line: Line,
+    wanted: Arc<Wanted>,
+    traffic: Arc<Traffic>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl DataPlane {
+    /// Starts the worker on the mesh port, which it shares with QUIC: the worker alone reads, both may send.
+    ///
+    /// The socket becomes non-blocking; UDP_GRO is switched on where the kernel has it. `events` and `quic` are written
+    /// with `try_send`: what does not fit is lost and counted. Interfaces are looked for in the network namespace of the
+    /// calling thread.
+    pub fn start(
+        socket: UdpSocket,
+        tables: Arc<ArcSwap<Forwarding>>,
+        counters: Arc<Counters>,
+        events: Sender<WorkerEvent>,
+        quic: Sender<QuicDatagram>,
+    ) -> io::Result<Self> {
+        let (commands, receiver) = mpsc::channel();
+        let (lost, losses) = mpsc::channel();
+        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let traffic = Arc::new(Traffic::default());
+        let mesh = Mesh::new(socket, counters.clone())?;
+        let worker = Worker::new(counters.clone(), traffic.clone());
+        let outside = Outside { tables, counters, events, quic, commands: receiver, wake: wake.clone(), lost };
+        let pump = Pump::new(mesh, worker, outside)?;
+        let thread = Builder::new().name("worker".into()).spawn(move || pump.run())?;
+
+        let line = Line { commands, wake };
+        let wanted = Arc::new(Wanted::default());
+        let (looking_line, looking_wanted) = (line.clone(), wanted.clone());
+        // Ends when the worker does, which holds the other end of `losses`.
+        Builder::new().name("ports".into()).spawn(move || look_for_lost(&losses, &looking_line, &looking_wanted))?;
+        Ok(Self { line, wanted, traffic, thread: Some(thread) })
+    }
+
+    /// Opens what the port is attached to and hands it to the worker. The port must be in the published tables by then, or
+    /// frames for it are refused.
+    ///
+    /// `mtu` is the network's. Blocks for some milliseconds (guard), so call it where blocking is allowed. An interface
+    /// that vanishes later is looked for again until the port is detached. `arriving`: the interface may come later with
+    /// its guest; [`AttachError::NotThere`] is then expected, and frames for the port wait, bounded, while its gate is not
+    /// closed.
+    pub fn attach(&self, slot: PortSlot, id: PortId, kind: &PortKind, mtu: u16, arriving: bool) -> Result<(), AttachError> {
+        let opened = self.wanted.open(kind, mtu, arriving);
+        if opened.is_ok() || arriving {
+            // Also when it has yet to arrive: a detach must undo the guard.
+            self.wanted.ports().insert((slot, id), (kind.clone(), mtu));
+        }
+        let io = opened?;
+        self.line.say(Command::Attach(slot, id, io));
+        Ok(())
+    }
+
+    /// Lets go of a port and undoes what attaching did to its interface; an interface that is gone is no error.
+    pub fn detach(&self, slot: PortSlot, id: PortId) {
+        let known = self.wanted.ports().remove(&(slot, id));
+        let (done, finished) = mpsc::channel();
+        self.line.say(Command::Detach(slot, id, done));
+        let _ = finished.recv_timeout(DETACH);
+        if let Some((kind, _)) = known {
+            self.wanted.undo(&kind);
+        }
+    }
+
+    /// Tells the worker that new tables were published, so that frames on hold move at once.
+    pub fn wake(&self) {
+        self.line.wake();
+    }
+
+    /// What each pair of MACs exchanged, as seen where it entered; bounded, pairs with least bytes are forgotten first.
+    pub fn traffic(&self) -> Vec<TrafficSeen> {
+        self.traffic.snapshot()
+    }
+}
+
+impl Drop for DataPlane {
+    fn drop(&mut self) {
+        self.line.say(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Opens ports again whose interface has gone and come back, as when a guest takes its interface along and returns.
+fn look_for_lost(losses: &mpsc::Receiver<Key>, line: &Line, wanted: &Wanted) {
+    let mut lost: Vec<(PortSlot, PortId, u32)> = Vec::new();
+    loop {
+        let soon = lost.iter().any(|(_, _, looks)| *looks < LOOK_SOON.1);
+        let pause = match (lost.is_empty(), soon) {
+            (true, _) => Duration::from_secs(3600),
+            (false, true) => LOOK_SOON.0,
+            (false, false) => LOOK_LATER,
+        };
+        match losses.recv_timeout(pause) {
+            Ok((slot, id)) => lost.push((slot, id, 0)),
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        lost.retain_mut(|(slot, id, looks)| {
+            *looks += 1;
+            let Some((kind, mtu)) = wanted.ports().get(&(*slot, *id)).cloned() else { return false };
+            match wanted.open(&kind, mtu, true) {
+                Ok(io) => {
+                    found(line, wanted, (*slot, *id), &kind, io);
+                    false
+                }
+                Err(AttachError::NotThere(_)) => true,
+                Err(error) => {
+                    tracing::debug!(port = %id, %error, "looking for the interface again");
+                    *looks = LOOK_SOON.1;
+                    true
+                }
+            }
+        });
+    }
+}
+
+fn found(line: &Line, wanted: &Wanted, key: Key, kind: &PortKind, io: Box<dyn PortIo>) {
+    // The lock orders this against a detach: either the port is still wanted and its detach follows, or it is not.
+    let ports = wanted.ports();
+    if ports.contains_key(&key) {
+        tracing::info!(port = %key.1, "interface is back");
+        line.say(Command::Attach(key.0, key.1, io));
+    } else {
+        drop((io, ports));
+        wanted.undo(kind);
+    }
+}

@@ -1,0 +1,77 @@
+//! Interfaces: index, flags, MTU, addresses, by ioctl in the network namespace of the calling thread.
+#![allow(unsafe_code)]
+
+use crate::io::sys::interface_request;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsFd, OwnedFd};
+
+const ETHTOOL_GDRVINFO: u32 = 3;
+
+fn any_socket() -> io::Result<OwnedFd> {
+    Ok(socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+/// Its number; `None`: no such interface in this namespace.
+pub fn index(name: &str) -> Option<u32> {
+    nix::net::if_::if_nametoindex(name).ok()
+}
+
+/// Sets its MTU.
+pub fn set_mtu(name: &str, mtu: u32) -> io::Result<()> {
+    let fill = |request: &mut libc::ifreq| request.ifr_ifru.ifru_mtu = mtu as i32;
+    interface_request(any_socket()?.as_fd(), libc::SIOCSIFMTU as _, name, fill).map(|_| ())
+}
+
+/// Sets it up.
+pub fn set_up(name: &str) -> io::Result<()> {
+    let socket = any_socket()?;
+    let got = interface_request(socket.as_fd(), libc::SIOCGIFFLAGS as _, name, |_| ())?;
+    // SAFETY: SIOCGIFFLAGS answers with flags.
+    let flags = unsafe { got.ifr_ifru.ifru_flags };
+    let wanted = flags | libc::IFF_UP as libc::c_short;
+    if wanted == flags {
+        return Ok(());
+    }
+    interface_request(socket.as_fd(), libc::SIOCSIFFLAGS as _, name, |request| request.ifr_ifru.ifru_flags = wanted).map(|_| ())
+}
+
+/// Removes all its IPv4 addresses.
+pub fn flush_addresses(name: &str) -> io::Result<()> {
+    let socket = any_socket()?;
+    // An interface has as many addresses as somebody gave it; setting 0.0.0.0 removes the first.
+    for _ in 0..1024 {
+        match interface_request(socket.as_fd(), libc::SIOCGIFADDR as _, name, |_| ()) {
+            Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => return Ok(()),
+            Err(error) => return Err(error),
+            Ok(_) => interface_request(socket.as_fd(), libc::SIOCSIFADDR as _, name, |request| {
+                request.ifr_ifru.ifru_addr.sa_family = libc::AF_INET as u16;
+            })?,
+        };
+    }
+    Err(io::Error::other("addresses keep coming back: somebody else configures this interface"))
+}
+
+/// Name of its driver, such as `veth` or `tun`; empty when it has none.
+pub fn driver(name: &str) -> io::Result<String> {
+    #[repr(C)]
+    struct DriverInfo {
+        command: u32,
+        driver: [u8; 32],
+        rest: [u8; 196 - 36],
+    }
+    const _: () = assert!(size_of::<DriverInfo>() == 196);
+    let mut info = DriverInfo { command: ETHTOOL_GDRVINFO, driver: [0; 32], rest: [0; 160] };
+    let data = (&raw mut info).cast();
+    let asked =
+        interface_request(any_socket()?.as_fd(), libc::SIOCETHTOOL as _, name, |request| request.ifr_ifru.ifru_data = data);
+    match asked {
+        Ok(_) => {
+            let len = info.driver.iter().position(|&byte| byte == 0).unwrap_or(info.driver.len());
+            Ok(String::from_utf8_lossy(&info.driver[..len]).into_owned())
+        }
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(String::new()),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,83 @@
+//! QUIC's half of the mesh port: sends on the descriptor it shares with the data plane, reads what that hands over.
+
+use super::dataplane::QuicDatagram;
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, UdpPoller};
+use std::io::{self, IoSliceMut};
+use std::net::{SocketAddr, UdpSocket};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use tokio::sync::mpsc::Receiver;
+
+/// The mesh port as quinn sees it.
+#[derive(Debug)]
+pub struct MeshSocket {
+    socket: UdpSocket,
+    received: Mutex<Receiver<QuicDatagram>>,
+}
+
+impl MeshSocket {
+    /// `socket` must be non-blocking; nobody reads it here.
+    pub const fn new(socket: UdpSocket, received: Receiver<QuicDatagram>) -> Self {
+        Self { socket, received: Mutex::new(received) }
+    }
+}
+
+/// Always ready: what the underlay does not take is lost, and QUIC repeats it.
+#[derive(Debug)]
+struct Ready;
+
+impl UdpPoller for Ready {
+    fn poll_writable(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncUdpSocket for MeshSocket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Box::pin(Ready)
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        match self.socket.send_to(transmit.contents, transmit.destination) {
+            Ok(_) => Ok(()),
+            // A host that cannot be reached now is like one that loses every datagram: the idle timeout tells.
+            Err(error) => {
+                tracing::trace!(%error, to = %transmit.destination, "control datagram lost");
+                Ok(())
+            }
+        }
+    }
+
+    fn poll_recv(&self, cx: &mut Context<'_>, bufs: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> Poll<io::Result<usize>> {
+        let mut received = self.received.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut count = 0;
+        while count < bufs.len().min(meta.len()) {
+            match received.poll_recv(cx) {
+                Poll::Ready(Some(datagram)) => {
+                    let bytes = &datagram.bytes;
+                    let Some(place) = bufs[count].get_mut(..bytes.len()) else { continue };
+                    place.copy_from_slice(bytes);
+                    meta[count] = RecvMeta { addr: datagram.from, len: bytes.len(), stride: bytes.len(), ..RecvMeta::default() };
+                    count += 1;
+                }
+                Poll::Ready(None) if count == 0 => {
+                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::BrokenPipe, "the data plane has stopped")));
+                }
+                Poll::Pending if count == 0 => return Poll::Pending,
+                Poll::Ready(None) | Poll::Pending => break,
+            }
+        }
+        Poll::Ready(Ok(count))
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    /// The data plane decides about fragmentation on this port; QUIC stays at 1200 bytes, which pass everywhere.
+    fn may_fragment(&self) -> bool {
+        true
+    }
+}

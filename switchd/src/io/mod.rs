@@ -1,0 +1,18 @@
+//! Everything impure: sockets, clocks, threads.
+
+// Data plane.
+pub mod dataplane;
+pub mod guard;
+pub mod link;
+mod pump;
+pub mod sys;
+pub mod udp;
+
+// Control side.
+pub mod api;
+pub mod attach;
+pub mod control;
+pub mod mesh_socket;
+pub mod run;
+
+pub use sys::now;

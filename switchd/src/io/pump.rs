@@ -1,0 +1,361 @@
+//! The worker's thread: waits for ports and the mesh port, and carries what they bring through a [`Worker`].
+
+use crate::counters::Counters;
+use crate::drops::DropReason;
+use crate::io::dataplane::QuicDatagram;
+use crate::io::sys::{Batch, Received, VECTOR, now};
+use crate::io::udp::Mesh;
+use crate::port::{HEADROOM, MAX_FRAME, PortIo, ReadError, WriteError};
+use crate::slice::Arena;
+use crate::tables::{Forwarding, Gate, Port, PortSlot, WorkerEvent};
+use crate::virtio::{self, Offload};
+use crate::worker::{Delivered, Egress, Frame, Worker};
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::EventFd;
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Duration;
+use tokio::sync::mpsc::Sender;
+use violin_common::wire::mesh;
+use violin_common::{Instant, PortId};
+
+/// Frames that may wait for one port's interface.
+const WAITING_FRAMES: usize = 512;
+/// Bytes that may.
+const WAITING_BYTES: usize = 4 << 20;
+/// How long they are worth delivering.
+const WORTH: Duration = Duration::from_secs(10);
+/// Time between two looks at the clock's work.
+const TICK: Duration = Duration::from_millis(100);
+
+const WAKE: u64 = 0;
+const MESH: u64 = 1;
+const PORTS: u64 = 2;
+
+/// What the handle asks of the thread.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Attach(PortSlot, PortId, Box<dyn PortIo>),
+    Detach(PortSlot, PortId, mpsc::Sender<()>),
+    Stop,
+}
+
+/// What the thread needs from outside.
+#[derive(Debug)]
+pub(crate) struct Outside {
+    pub(crate) tables: Arc<ArcSwap<Forwarding>>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) events: Sender<WorkerEvent>,
+    pub(crate) quic: Sender<QuicDatagram>,
+    pub(crate) commands: mpsc::Receiver<Command>,
+    pub(crate) wake: Arc<EventFd>,
+    /// Ports whose interface has gone, to be looked for.
+    pub(crate) lost: mpsc::Sender<(PortSlot, PortId)>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    id: PortId,
+    bytes: usize,
+    frames: VecDeque<(Instant, Offload, Vec<u8>)>,
+}
+
+/// Everything a frame can leave through.
+#[derive(Debug)]
+struct Ways {
+    mesh: Mesh,
+    ports: HashMap<PortSlot, (PortId, Box<dyn PortIo>)>,
+    waiting: HashMap<PortSlot, Waiting>,
+    events: Sender<WorkerEvent>,
+    counters: Arc<Counters>,
+    lost: mpsc::Sender<(PortSlot, PortId)>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Pump {
+    worker: Worker,
+    ways: Ways,
+    epoll: Epoll,
+    outside_tables: Arc<ArcSwap<Forwarding>>,
+    seen_tables: Option<Arc<Forwarding>>,
+    quic: Sender<QuicDatagram>,
+    commands: mpsc::Receiver<Command>,
+    wake: Arc<EventFd>,
+    frames: Batch,
+    datagrams: Batch,
+    ticked: Instant,
+}
+
+impl Pump {
+    pub(crate) fn new(mesh: Mesh, worker: Worker, outside: Outside) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(&*outside.wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
+        epoll.add(mesh.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, MESH))?;
+        let ways = Ways {
+            mesh,
+            ports: HashMap::new(),
+            waiting: HashMap::new(),
+            events: outside.events,
+            counters: outside.counters,
+            lost: outside.lost,
+        };
+        Ok(Self {
+            worker,
+            ways,
+            epoll,
+            outside_tables: outside.tables,
+            seen_tables: None,
+            quic: outside.quic,
+            commands: outside.commands,
+            wake: outside.wake,
+            frames: Batch::new(VECTOR, MAX_FRAME, HEADROOM),
+            datagrams: Mesh::batch(),
+            ticked: now(),
+        })
+    }
+
+    /// Runs until told to stop.
+    pub(crate) fn run(mut self) {
+        let mut events = [EpollEvent::empty(); 64];
+        let timeout = EpollTimeout::from(u8::try_from(TICK.as_millis()).unwrap_or(u8::MAX));
+        loop {
+            let count = match self.epoll.wait(&mut events, timeout) {
+                Ok(count) => count,
+                Err(nix::Error::EINTR) => 0,
+                Err(error) => {
+                    tracing::error!(%error, "epoll failed: this switch forwards nothing more; restart it");
+                    return;
+                }
+            };
+            for event in &events[..count] {
+                let tables = self.outside_tables.load_full();
+                match event.data() {
+                    WAKE => {
+                        let _ = self.wake.read();
+                        if self.obey(&tables) {
+                            return;
+                        }
+                    }
+                    MESH => self.read_mesh(&tables),
+                    port => self.read_port(&tables, PortSlot(u16::try_from(port - PORTS).unwrap_or(u16::MAX))),
+                }
+            }
+            self.keep_up();
+        }
+    }
+
+    /// What is due after every vector: gates when tables changed, the clock's work some times a second.
+    fn keep_up(&mut self) {
+        let (now, tables) = (now(), self.outside_tables.load_full());
+        if self.seen_tables.as_ref().is_none_or(|seen| !Arc::ptr_eq(seen, &tables)) {
+            self.worker.tables_changed(now, &tables, &mut self.ways);
+            self.seen_tables = Some(tables.clone());
+        }
+        if now.since(self.ticked) < TICK {
+            return;
+        }
+        self.ticked = now;
+        self.worker.tick(now, &tables);
+        for (_, port) in self.ways.ports.values_mut() {
+            self.ways.counters.drops.add(DropReason::PortOverrun, port.losses());
+        }
+        self.ways.waiting.retain(|slot, waiting| {
+            let before = waiting.frames.len();
+            let known = tables.ports.get(usize::from(slot.0)).and_then(Option::as_ref).is_some_and(|port| port.id == waiting.id);
+            waiting.frames.retain(|(since, _, frame)| {
+                let keep = known && now.since(*since) < WORTH;
+                waiting.bytes -= if keep { 0 } else { frame.len() };
+                keep
+            });
+            self.ways.counters.drops.add(DropReason::WaitedTooLong, (before - waiting.frames.len()) as u64);
+            !waiting.frames.is_empty()
+        });
+    }
+
+    /// Carries out commands; `true`: stop.
+    fn obey(&mut self, tables: &Forwarding) -> bool {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Stop => return true,
+                Command::Attach(slot, id, port) => {
+                    let event = EpollEvent::new(EpollFlags::EPOLLIN, PORTS + u64::from(slot.0));
+                    if let Err(error) = self.epoll.add(port.fd(), event) {
+                        tracing::error!(%error, port = %id, "cannot wait for this port");
+                        continue;
+                    }
+                    self.ways.ports.insert(slot, (id, port));
+                    self.ways.flush(tables, slot);
+                }
+                Command::Detach(slot, id, done) => {
+                    if self.ways.ports.get(&slot).is_some_and(|(attached, _)| *attached == id) {
+                        self.ways.ports.remove(&slot);
+                    }
+                    let _ = done.send(());
+                }
+            }
+        }
+        false
+    }
+
+    fn read_port(&mut self, tables: &Forwarding, slot: PortSlot) {
+        let Some((_, port)) = self.ways.ports.get_mut(&slot) else { return };
+        match port.read(&mut self.frames) {
+            Ok(()) => (),
+            Err(ReadError::Empty) => return,
+            Err(ReadError::Gone) => return self.ways.lose(slot),
+        }
+        let counters = &self.ways.counters;
+        let mut frames: Vec<_> = self
+            .frames
+            .slots_mut()
+            .filter_map(|(received, vnet, slot)| {
+                if let Some(reason) = received.refused {
+                    counters.drops.count(reason);
+                    return None;
+                }
+                Some(restore_tag(received, vnet, slot))
+            })
+            .collect();
+        self.worker.outbound(now(), tables, slot, &mut frames, &mut self.ways);
+    }
+
+    fn read_mesh(&mut self, tables: &Forwarding) {
+        if self.ways.mesh.receive(&mut self.datagrams) == 0 {
+            return;
+        }
+        let now = now();
+        let mut merging = Default::default();
+        for (received, bytes) in self.datagrams.messages() {
+            let Some(from) = received.from else { continue };
+            for datagram in bytes.chunks(received.segment.unwrap_or(bytes.len()).max(1)) {
+                if mesh::is_quic(datagram[0]) {
+                    let datagram = QuicDatagram { from, bytes: Bytes::copy_from_slice(datagram), ecn: received.ecn };
+                    if self.quic.try_send(datagram).is_err() {
+                        self.ways.counters.drops.count(DropReason::QuicBusy);
+                    }
+                } else {
+                    self.worker.inbound(now, tables, from, datagram, &mut merging, &mut self.ways);
+                }
+            }
+        }
+        self.worker.inbound_end(now, tables, merging, &mut self.ways);
+    }
+}
+
+/// Puts a VLAN tag back that the kernel took out of the frame.
+fn restore_tag<'a>(received: &Received, vnet: &[u8; virtio::LEN], slot: &'a mut [u8]) -> Frame<'a> {
+    let offload = Offload::parse(vnet).map_err(|_| DropReason::Segmentation);
+    let end = HEADROOM + received.len;
+    match received.vlan {
+        Some((tci, protocol)) if received.len >= 12 => {
+            slot.copy_within(HEADROOM..HEADROOM + 12, 0);
+            slot[12..14].copy_from_slice(&protocol.to_be_bytes());
+            slot[14..16].copy_from_slice(&tci.to_be_bytes());
+            Frame { offload: offload.map(|offload| offload.shifted(4)), bytes: &mut slot[..end] }
+        }
+        _ => Frame { offload, bytes: &mut slot[HEADROOM..end] },
+    }
+}
+
+impl Ways {
+    /// The port's interface has gone: frames for it wait while somebody looks for it.
+    fn lose(&mut self, slot: PortSlot) {
+        if let Some((id, _)) = self.ports.remove(&slot) {
+            tracing::info!(port = %id, "interface gone");
+            let _ = self.lost.send((slot, id));
+        }
+    }
+
+    fn wait(
+        &mut self,
+        now: Instant,
+        slot: PortSlot,
+        port: &Port,
+        offload: &Offload,
+        parts: &[&[u8]],
+    ) -> Result<Delivered, DropReason> {
+        if port.gate == Gate::Closed {
+            return Err(DropReason::NotAttached);
+        }
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        let waiting = self.waiting.entry(slot).or_insert_with(|| Waiting { id: port.id, bytes: 0, frames: VecDeque::new() });
+        if waiting.id != port.id {
+            *waiting = Waiting { id: port.id, bytes: 0, frames: VecDeque::new() };
+        }
+        waiting.bytes += len;
+        waiting.frames.push_back((now, *offload, parts.concat()));
+        // The oldest goes first: it is the likeliest to have been sent again.
+        while waiting.frames.len() > WAITING_FRAMES || waiting.bytes > WAITING_BYTES {
+            let Some((_, _, frame)) = waiting.frames.pop_front() else { break };
+            waiting.bytes -= frame.len();
+            self.counters.drops.count(DropReason::NotAttached);
+        }
+        Ok(Delivered::Waiting)
+    }
+
+    /// Gives a port that is there now what has waited for it.
+    fn flush(&mut self, tables: &Forwarding, slot: PortSlot) {
+        let Some(mut waiting) = self.waiting.remove(&slot) else { return };
+        let Some((id, io)) = self.ports.get_mut(&slot) else { return };
+        let Some(port) = tables.ports.get(usize::from(slot.0)).and_then(Option::as_ref) else { return };
+        if *id != waiting.id || port.id != waiting.id {
+            return;
+        }
+        let mut gone = false;
+        while let Some((since, offload, frame)) = waiting.frames.pop_front() {
+            match io.write(&offload, &[&frame]) {
+                Ok(()) => port.traffic.written(now(), frame.len() as u64),
+                Err(WriteError::Refused(reason)) => self.counters.drops.count(reason),
+                Err(WriteError::Gone) => {
+                    waiting.frames.push_front((since, offload, frame));
+                    gone = true;
+                    break;
+                }
+            }
+        }
+        if gone {
+            waiting.bytes = waiting.frames.iter().map(|(_, _, frame)| frame.len()).sum();
+            self.waiting.insert(slot, waiting);
+            self.lose(slot);
+        }
+    }
+}
+
+impl Egress for Ways {
+    fn deliver(
+        &mut self,
+        now: Instant,
+        slot: PortSlot,
+        port: &Port,
+        offload: &Offload,
+        parts: &[&[u8]],
+    ) -> Result<Delivered, DropReason> {
+        let Some((_, io)) = self.ports.get_mut(&slot).filter(|(id, _)| *id == port.id) else {
+            return self.wait(now, slot, port, offload, parts);
+        };
+        match io.write(offload, parts) {
+            Ok(()) => Ok(Delivered::Written),
+            Err(WriteError::Refused(reason)) => Err(reason),
+            Err(WriteError::Gone) => {
+                self.lose(slot);
+                self.wait(now, slot, port, offload, parts)
+            }
+        }
+    }
+
+    fn path_mtu(&self, slot: PortSlot) -> Option<u16> {
+        self.ports.get(&slot).and_then(|(_, io)| io.path_mtu())
+    }
+
+    fn send(&mut self, arena: &Arena) {
+        self.mesh.send(arena);
+    }
+
+    fn tell(&mut self, event: WorkerEvent) -> bool {
+        self.events.try_send(event).is_ok()
+    }
+}

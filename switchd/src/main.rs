@@ -1,0 +1,58 @@
+//! `switchd --config FILE`: one switch of the mesh.
+
+use clap::Parser;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use switchd::io::run;
+
+/// The switch of one host: all its virtual networks, joined with those of other hosts.
+///
+/// SIGTERM drains: peers are told, ports are let go. SIGHUP reads the configuration again: networks, ports and join
+/// addresses follow it, other keys need a restart. RUST_LOG sets what is logged (default: info).
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Configuration file; configs/switchd.example.toml explains every key.
+    #[arg(long, default_value = "/etc/violin/switchd.toml")]
+    config: PathBuf,
+    /// Checks the configuration and its certificate, starts nothing.
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,quinn=warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    let result = if arguments.check {
+        run::load(&arguments.config).map(|(config, _)| {
+            println!(
+                "{}: host {}, {} networks, {} ports",
+                arguments.config.display(),
+                config.host,
+                config.networks.len(),
+                config.ports.len()
+            );
+        })
+    } else {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .map_err(Into::into)
+            .and_then(|runtime| runtime.block_on(run::run(&arguments.config)))
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("switchd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! Who belongs to the mesh, whom to call, and which of two connections stays.
+//!
+//! Pure: connections come and go as events, calls to make are handed out. Join through any known member: each tells whom it
+//! is connected with, so everybody calls everybody. A lost member is called for ever, with back-off; one that left is not.
+
+use crate::counters::PeerCounters;
+use crate::tables::PeerSlot;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use violin_common::control::mesh::{self, Aead, Hello, Member as Hint};
+use violin_common::{DomainId, HostId, Instant, Vni};
+
+/// First pause between two calls of the same member; doubles up to [`BACKOFF_MAX`].
+pub const BACKOFF_MIN: Duration = Duration::from_millis(200);
+/// Longest pause between two calls.
+pub const BACKOFF_MAX: Duration = Duration::from_secs(3);
+/// Pause before a lost member is called: the other end may have closed this connection for another one.
+const AFTER_LOSS: Duration = Duration::from_millis(50);
+/// How long the higher name of two lets the lower one call, so that they seldom call at once.
+const LET_OTHER_CALL: Duration = Duration::from_millis(300);
+/// Members at most: a bound on what a member can make us remember.
+pub const LIMIT: usize = 1024;
+
+/// One connection, numbered by whoever makes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LinkId(pub u64);
+
+/// Somebody to be called now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call {
+    /// Where.
+    pub address: SocketAddr,
+    /// Who must answer; none for a `join` address.
+    pub expected: Option<HostId>,
+}
+
+#[derive(Debug)]
+struct Dial {
+    next: Instant,
+    backoff: Duration,
+    busy: bool,
+}
+
+fn patience(us: &HostId, them: &HostId) -> Duration {
+    if us < them { Duration::ZERO } else { LET_OTHER_CALL }
+}
+
+impl Dial {
+    const fn at(next: Instant) -> Self {
+        Self { next, backoff: BACKOFF_MIN, busy: false }
+    }
+
+    fn failed(&mut self, now: Instant) {
+        self.busy = false;
+        self.next = now + self.backoff;
+        self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
+    }
+
+    fn due(&mut self, now: Instant) -> bool {
+        let due = !self.busy && now >= self.next;
+        self.busy |= due;
+        due
+    }
+}
+
+/// One member other than ourselves.
+#[derive(Debug)]
+pub struct Member {
+    /// Its domain, once it was connected.
+    pub domain: Option<DomainId>,
+    /// Its mesh port: where its last connection came from, or a hint.
+    pub address: SocketAddr,
+    /// Its place in the tables, once it was connected.
+    pub slot: Option<PeerSlot>,
+    /// The connection that counts.
+    pub link: Option<LinkId>,
+    /// What it counted; survives connections.
+    pub traffic: Arc<PeerCounters>,
+    boot: Option<u64>,
+    same_boot: bool,
+    dial: Dial,
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct Link {
+    /// Whom the certificate names.
+    pub host: HostId,
+    /// Likewise.
+    pub domain: DomainId,
+    /// Where it comes from.
+    pub address: SocketAddr,
+    /// The index we give this peer.
+    pub index: u32,
+    /// What it said first.
+    pub hello: Option<Hello>,
+    /// Networks it carries now.
+    pub networks: BTreeSet<Vni>,
+    called: bool,
+}
+
+/// What a HELLO led to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Greeted {
+    /// The connection counts from now on; another one may have to go.
+    Up {
+        /// Superseded connection of the same peer.
+        replaced: Option<LinkId>,
+        /// Whether the peer's daemon is the one known before.
+        same_boot: bool,
+    },
+    /// Another connection of this peer counts; this one has to go.
+    Superseded,
+}
+
+/// All members.
+#[derive(Debug)]
+pub struct Members {
+    host: HostId,
+    boot: u64,
+    join: BTreeMap<SocketAddr, Dial>,
+    /// Addresses at which we found ourselves.
+    ourselves: BTreeSet<SocketAddr>,
+    hosts: BTreeMap<HostId, Member>,
+    links: HashMap<LinkId, Link>,
+    slots: Vec<bool>,
+}
+
+impl Members {
+    /// Nobody yet. `host` and `boot` are ours.
+    pub fn new(now: Instant, host: HostId, boot: u64, join: &[SocketAddr]) -> Self {
+        let join = join.iter().map(|address| (*address, Dial::at(now))).collect();
+        Self { host, boot, join, ourselves: BTreeSet::new(), hosts: BTreeMap::new(), links: HashMap::new(), slots: Vec::new() }
+    }
+
+    /// Replaces the addresses of known members.
+    pub fn set_join(&mut self, now: Instant, join: &[SocketAddr]) {
+        self.join.retain(|address, _| join.contains(address));
+        for address in join {
+            self.join.entry(*address).or_insert_with(|| Dial::at(now));
+        }
+    }
+
+    /// Whom to call now. Each call must be answered by [`Self::called`].
+    pub fn due(&mut self, now: Instant) -> Vec<Call> {
+        let known: BTreeSet<SocketAddr> = self.hosts.values().map(|member| member.address).collect();
+        let mut calls = Vec::new();
+        for (&address, dial) in &mut self.join {
+            if !known.contains(&address) && !self.ourselves.contains(&address) && dial.due(now) {
+                calls.push(Call { address, expected: None });
+            }
+        }
+        for (host, member) in &mut self.hosts {
+            if member.link.is_none() && member.dial.due(now) {
+                calls.push(Call { address: member.address, expected: Some(host.clone()) });
+            }
+        }
+        calls
+    }
+
+    /// A call has ended, in a connection or not.
+    pub fn called(&mut self, now: Instant, call: &Call) {
+        match &call.expected {
+            Some(host) => self.hosts.get_mut(host).map(|member| member.dial.failed(now)),
+            None => self.join.get_mut(&call.address).map(|dial| dial.failed(now)),
+        };
+    }
+
+    /// A connection stands; `index` is what we will tell the peer. HELLOs follow.
+    pub fn connected(&mut self, link: LinkId, host: HostId, domain: DomainId, address: SocketAddr, called: bool, index: u32) {
+        let networks = BTreeSet::new();
+        self.links.insert(link, Link { host, domain, address, index, hello: None, networks, called });
+    }
+
+    /// The peer's HELLO has come.
+    ///
+    /// Simultaneous calls: the one of the lower name stays, at both ends. Two calls from the same end: the newer, because
+    /// only an end that has lost the older one calls again.
+    ///
+    /// *Errors*: versions without overlap, a name that is not the certificate's, another AEAD, too many members.
+    pub fn greet(&mut self, now: Instant, id: LinkId, hello: Hello) -> Result<Greeted, String> {
+        let link = self.links.get_mut(&id).ok_or("this connection is closed")?;
+        if link.hello.is_some() {
+            return Err("got a second HELLO".into());
+        }
+        if hello.host != link.host || hello.domain != link.domain {
+            return Err(format!(
+                "got HELLO of {} of {}, but the certificate says {} of {}",
+                hello.host, hello.domain, link.host, link.domain
+            ));
+        }
+        if hello.host == self.host {
+            if hello.boot == self.boot {
+                self.ourselves.insert(link.address);
+                return Err("that is ourselves".into());
+            }
+            return Err(format!("two switches are called {}: names must differ", hello.host));
+        }
+        if hello.newest < mesh::OLDEST || hello.oldest > mesh::PROTOCOL {
+            return Err(format!(
+                "got protocol {} to {}, want one of {} to {}: upgrade the older end",
+                hello.oldest,
+                hello.newest,
+                mesh::OLDEST,
+                mesh::PROTOCOL
+            ));
+        }
+        if hello.aead != Aead::None {
+            return Err(format!("got aead {:?}, want None: both ends must be configured alike", hello.aead));
+        }
+        if self.hosts.len() >= LIMIT && !self.hosts.contains_key(&hello.host) {
+            return Err(format!("got one more member, want at most {LIMIT}"));
+        }
+        let (address, host, called) = (link.address, link.host.clone(), link.called);
+        let member = self.hosts.entry(host.clone()).or_insert_with(|| Member {
+            domain: None,
+            address,
+            slot: None,
+            link: None,
+            traffic: Arc::default(),
+            boot: None,
+            same_boot: false,
+            dial: Dial::at(now),
+        });
+        let mut replaced = None;
+        if let Some(old) = member.link {
+            let old_called = self.links.get(&old).is_some_and(|link| link.called);
+            let lower_called_old = if old_called { self.host < host } else { host < self.host };
+            if member.boot == Some(hello.boot) && old_called != called && lower_called_old {
+                return Ok(Greeted::Superseded);
+            }
+            replaced = Some(old);
+        }
+        let same_boot = member.boot == Some(hello.boot);
+        if member.slot.is_none() {
+            let free = self.slots.iter().position(|taken| !taken).unwrap_or(self.slots.len());
+            if free == self.slots.len() {
+                self.slots.push(true);
+            } else {
+                self.slots[free] = true;
+            }
+            member.slot = u16::try_from(free).ok().map(PeerSlot);
+        }
+        member.domain = Some(hello.domain.clone());
+        member.same_boot = same_boot;
+        (member.address, member.link, member.boot, member.dial) = (address, Some(id), Some(hello.boot), Dial::at(now));
+        if let Some(link) = self.links.get_mut(&id) {
+            link.networks = hello.networks.iter().copied().collect();
+            link.hello = Some(hello);
+        }
+        Ok(Greeted::Up { replaced, same_boot })
+    }
+
+    /// A connection has ended. Returns the peer that was lost with it, if it was the one that counts.
+    pub fn closed(&mut self, now: Instant, id: LinkId) -> Option<HostId> {
+        let link = self.links.remove(&id)?;
+        let member = self.hosts.get_mut(&link.host).filter(|member| member.link == Some(id))?;
+        member.link = None;
+        member.dial = Dial::at(now + AFTER_LOSS + patience(&self.host, &link.host));
+        Some(link.host)
+    }
+
+    /// A member has left for good. Returns its place in the tables.
+    pub fn left(&mut self, host: &HostId) -> Option<PeerSlot> {
+        let member = self.hosts.remove(host)?;
+        if let Some(slot) = member.slot {
+            self.slots[usize::from(slot.0)] = false;
+        }
+        member.slot
+    }
+
+    /// Somebody told of members.
+    pub fn hinted(&mut self, now: Instant, hints: Vec<Hint>) {
+        for hint in hints {
+            let full = self.hosts.len() >= LIMIT;
+            if hint.host == self.host {
+                continue;
+            }
+            match self.hosts.get_mut(&hint.host) {
+                Some(member) if member.link.is_none() && member.address != hint.address => {
+                    let next = now + patience(&self.host, &hint.host);
+                    (member.address, member.dial) = (hint.address, Dial::at(next));
+                }
+                Some(_) => {}
+                None if !full => {
+                    let member = Member {
+                        domain: None,
+                        address: hint.address,
+                        slot: None,
+                        link: None,
+                        traffic: Arc::default(),
+                        boot: None,
+                        same_boot: false,
+                        dial: Dial::at(now + patience(&self.host, &hint.host)),
+                    };
+                    self.hosts.insert(hint.host, member);
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Everybody we are connected with, as told to others.
+    pub fn hints(&self, except: &HostId) -> Vec<Hint> {
+        let connected = self.hosts.iter().filter(|(host, member)| member.link.is_some() && *host != except);
+        connected.map(|(host, member)| Hint { host: host.clone(), address: member.address }).collect()
+    }
+
+    /// All members, connected or not.
+    pub fn all(&self) -> impl Iterator<Item = (&HostId, &Member)> {
+        self.hosts.iter()
+    }
+
+    /// Connected members with the connection that counts.
+    pub fn connected_links(&self) -> impl Iterator<Item = (&HostId, &Member, LinkId, &Link)> {
+        self.hosts.iter().filter_map(|(host, member)| {
+            let id = member.link?;
+            Some((host, member, id, self.links.get(&id)?))
+        })
+    }
+
+    /// The connection that counts.
+    pub fn link_to(&self, host: &HostId) -> Option<LinkId> {
+        self.hosts.get(host)?.link
+    }
+
+    /// One connection.
+    pub fn link(&self, id: LinkId) -> Option<&Link> {
+        self.links.get(&id)
+    }
+
+    /// A peer carries these networks from now on. Returns those it did not carry before.
+    pub fn carries(&mut self, id: LinkId, networks: Vec<Vni>) -> Vec<Vni> {
+        let Some(link) = self.links.get_mut(&id) else { return Vec::new() };
+        let new: BTreeSet<Vni> = networks.into_iter().collect();
+        let added = new.difference(&link.networks).copied().collect();
+        link.networks = new;
+        added
+    }
+
+    /// Whether the peer's daemon is the one we were connected with before.
+    pub fn same_boot(&self, host: &HostId) -> bool {
+        self.hosts.get(host).is_some_and(|member| member.same_boot)
+    }
+
+    /// The place of a connected or once connected member.
+    pub fn slot(&self, host: &HostId) -> Option<PeerSlot> {
+        self.hosts.get(host)?.slot
+    }
+
+    /// Whether everybody we know of, and every `join` address, has been reached. Who knows nobody cannot tell.
+    pub fn complete(&self) -> bool {
+        if self.hosts.is_empty() {
+            return false;
+        }
+        let known: BTreeSet<SocketAddr> = self.hosts.values().map(|member| member.address).collect();
+        self.hosts.values().all(|member| member.link.is_some())
+            && self.join.keys().all(|address| known.contains(address) || self.ourselves.contains(address))
+    }
+}

@@ -1,0 +1,159 @@
+//! A frame's way out: port → parse → admit → settle → learn → lookup → local ports and peers → slices.
+//!
+//! The gate was asked before (`worker.rs`). Frames to peers are only noted while the vector is walked and sliced afterwards,
+//! peer by peer, so that what goes to one peer lies side by side and leaves in few calls.
+
+use crate::drops::DropReason;
+use crate::fdb::Learned;
+use crate::slice::Crossing;
+use crate::tables::{Forwarding, Network, Place, Port, PortSlot, SourceRule, WorkerEvent};
+use crate::toobig;
+use crate::transport::settle;
+use crate::virtio::Offload;
+use crate::worker::{Egress, Frame, Leaving, Passing, Worker, packet_len};
+use std::sync::atomic::Ordering::Relaxed;
+use violin_common::wire::ethernet::Header;
+use violin_common::{Instant, MacAddr};
+
+impl Worker {
+    pub(crate) fn forward_out(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        from: (PortSlot, &Port, &Network),
+        frames: &mut [Frame<'_>],
+        out: &mut dyn Egress,
+    ) {
+        from.1.traffic.taken(frames.len() as u64, frames.iter().map(|frame| frame.bytes.len() as u64).sum());
+        for (index, frame) in frames.iter_mut().enumerate() {
+            if let Err(reason) = self.frame_out(now, tables, from, index, frame, out) {
+                self.counters.drops.count(reason);
+            }
+        }
+        self.note_traffic();
+        let mut leaving = std::mem::take(&mut self.leaving);
+        leaving.sort_by_key(|leaving| leaving.peer);
+        for Leaving { peer, frame, offload, transport } in leaving.drain(..) {
+            let crossing = Crossing { vni: from.1.vni, marks: 0, offload, transport, frame: frames[frame].bytes };
+            self.cross(tables, peer, &crossing, out);
+        }
+        self.leaving = leaving;
+        self.depart(tables, out);
+    }
+
+    fn frame_out(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        (slot, port, network): (PortSlot, &Port, &Network),
+        index: usize,
+        frame: &mut Frame<'_>,
+        out: &mut dyn Egress,
+    ) -> Result<(), DropReason> {
+        let header = Header::parse(frame.bytes).map_err(|_| DropReason::Runt)?;
+        let source = header.source;
+        if source.is_group() || source == MacAddr([0; 6]) {
+            return Err(DropReason::BadSource);
+        }
+        if header.destination.is_link_local() {
+            return Err(DropReason::LinkLocal);
+        }
+        self.admit_source(now, (slot, port, network), source, out)?;
+        let (offload, transport) = settle(frame.bytes, &header, frame.offload?)?;
+        if packet_len(&header, &offload, frame.bytes.len()) > usize::from(network.mtu) {
+            return Err(self.refuse_size(now, (slot, port, network), &header, frame.bytes, out));
+        }
+        if port.source == SourceRule::Learn {
+            self.learn(now, (slot, port, network), &header, out);
+        }
+        let bytes = frame.bytes.len() as u64;
+        let to = if header.destination.is_group() { MacAddr::BROADCAST } else { header.destination };
+        self.note_pair((port.vni, source, to), bytes);
+
+        let parts: [&[u8]; 1] = [frame.bytes];
+        let passing = Passing { vni: port.vni, from: Place::Port(slot), header, offload, transport, parts: &parts };
+        let leaving = |peer| Leaving { peer, frame: index, offload, transport };
+        match self.place(now, network, &header) {
+            Some(Place::Port(to)) if to == slot => return Err(DropReason::Hairpin),
+            Some(Place::Port(to)) => self.hand_over(now, tables, to, &passing, out),
+            Some(Place::Peer(peer)) => self.leaving.push(leaving(peer)),
+            Some(Place::Nowhere) => return Err(DropReason::OwnerUnreachable),
+            None => {
+                self.counters.floods.fetch_add(1, Relaxed);
+                for &to in network.ports.iter().filter(|&&to| to != slot) {
+                    self.hand_over(now, tables, to, &passing, out);
+                }
+                self.leaving.extend(network.peers.iter().map(|&peer| leaving(peer)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a frame goes; `None`: to all. Owned MACs win over learned ones.
+    fn place(&self, now: Instant, network: &Network, header: &Header) -> Option<Place> {
+        if header.destination.is_group() {
+            return None;
+        }
+        match network.owned.get(&header.destination) {
+            Some(owned) => Some(owned.at),
+            None => network.fdb.lookup(now, header.outer_vid, header.destination, network.ageing),
+        }
+    }
+
+    fn admit_source(
+        &mut self,
+        now: Instant,
+        (slot, port, network): (PortSlot, &Port, &Network),
+        source: MacAddr,
+        out: &mut dyn Egress,
+    ) -> Result<(), DropReason> {
+        match port.source {
+            SourceRule::Only(mac) if mac == source => Ok(()),
+            _ if network.owned.contains_key(&source) => {
+                self.report_stolen(now, port.vni, source, slot, out);
+                Err(DropReason::StolenMac)
+            }
+            SourceRule::Only(_) => Err(DropReason::ForeignSource),
+            SourceRule::Learn => Ok(()),
+        }
+    }
+
+    fn learn(&self, now: Instant, (slot, port, network): (PortSlot, &Port, &Network), header: &Header, out: &mut dyn Egress) {
+        match network.fdb.learn(now, header.outer_vid, header.source, Place::Port(slot)) {
+            Learned::New | Learned::Moved { .. } => {
+                self.counters.learned.fetch_add(1, Relaxed);
+                let event = WorkerEvent::Learned { vni: port.vni, vid: header.outer_vid, mac: header.source, port: slot };
+                self.tell(event, out);
+            }
+            Learned::Refreshed | Learned::Flapping | Learned::Refused => (),
+        }
+    }
+
+    /// A foreign tunnel end is told what fits; any other station learns it from its interface's MTU.
+    fn refuse_size(
+        &self,
+        now: Instant,
+        (slot, port, network): (PortSlot, &Port, &Network),
+        header: &Header,
+        frame: &[u8],
+        out: &mut dyn Egress,
+    ) -> DropReason {
+        if port.gateway
+            && let Some(answer) = toobig::answer(&[frame], header, network.mtu)
+            && out.deliver(now, slot, port, &Offload::default(), &[&answer]).is_ok()
+        {
+            self.counters.too_big_answers.fetch_add(1, Relaxed);
+        }
+        DropReason::TooBig
+    }
+
+    fn note_pair(&mut self, pair: (violin_common::Vni, MacAddr, MacAddr), bytes: u64) {
+        match self.seen.last_mut() {
+            Some((last, frames, total)) if *last == pair => {
+                *frames += 1;
+                *total += bytes;
+            }
+            _ => self.seen.push((pair, 1, bytes)),
+        }
+    }
+}

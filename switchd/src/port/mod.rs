@@ -1,0 +1,118 @@
+//! What a port is attached to: one file a kind.
+
+pub mod packet;
+pub mod tap;
+pub mod vxlan;
+
+use crate::drops::DropReason;
+use crate::io::sys::Batch;
+use crate::virtio::Offload;
+use std::fmt;
+use std::io;
+use std::os::fd::BorrowedFd;
+use violin_common::api::switch::PortKind;
+
+/// Largest frame taken from or given to an interface: a super-frame with two tags.
+pub const MAX_FRAME: usize = 65_600;
+/// Room in front of a frame, for a VLAN tag that has to come back.
+pub const HEADROOM: usize = 4;
+
+/// A port could not be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The interface does not exist (yet).
+    #[error("interface {0} is not there: create it, or wait until the guest that owns it arrives")]
+    NotThere(String),
+    /// A name no interface can have.
+    #[error("got interface name {0:?}, want 1 to 15 characters of letters, digits and '-', '_', '.', '@'")]
+    BadName(String),
+    /// The interface could not be closed to the host's own network stack, so it was left alone.
+    #[error("could not keep the host's own stack off interface {interface}: {why}; check that nft works here")]
+    Guard {
+        /// Which.
+        interface: String,
+        /// What went wrong.
+        why: String,
+    },
+    /// The kernel refused.
+    #[error("could not {what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Its answer.
+        source: io::Error,
+    },
+}
+
+impl AttachError {
+    pub(crate) fn io<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
+        move |source| Self::Io { what: what.into(), source: source.into() }
+    }
+}
+
+/// Why a frame was not written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WriteError {
+    /// This frame was refused.
+    Refused(DropReason),
+    /// The interface has gone.
+    Gone,
+}
+
+/// Why nothing was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadError {
+    /// Nothing there now.
+    Empty,
+    /// The interface has gone.
+    Gone,
+}
+
+/// One open port; used by its worker only.
+pub trait PortIo: Send + fmt::Debug {
+    /// For epoll.
+    fn fd(&self) -> BorrowedFd<'_>;
+
+    /// Reads a vector of frames without waiting. Each frame lies in its slot behind `headroom` bytes; what is to be done
+    /// to it stands in the slot's `virtio_net_hdr`.
+    fn read(&mut self, batch: &mut Batch) -> Result<(), ReadError>;
+
+    /// Writes one frame given in parts.
+    fn write(&mut self, offload: &Offload, parts: &[&[u8]]) -> Result<(), WriteError>;
+
+    /// Frames lost between interface and us since the last call.
+    fn losses(&mut self) -> u64 {
+        0
+    }
+
+    /// Largest layer-3 packet a foreign tunnel end takes.
+    fn path_mtu(&self) -> Option<u16> {
+        None
+    }
+}
+
+/// Opens what a port is attached to, guard first. `mtu` is the network's; `guarded`: see [`crate::io::guard::close`].
+pub fn open(kind: &PortKind, mtu: u16, guarded: bool) -> Result<Box<dyn PortIo>, AttachError> {
+    Ok(match kind {
+        PortKind::Packet { interface } => Box::new(packet::Packet::open(interface, guarded)?),
+        PortKind::Tap { interface, netns } => Box::new(tap::Tap::open(interface, netns.as_deref(), mtu)?),
+        PortKind::Vxlan { local, remote, remote_vni } => Box::new(vxlan::Vxlan::open(*local, *remote, *remote_vni, mtu)?),
+    })
+}
+
+/// Undoes what [`open`] did to interfaces; to be called after the port was dropped.
+pub fn undo(kind: &PortKind) {
+    if let PortKind::Packet { interface } = kind {
+        crate::io::guard::open(interface);
+    }
+}
+
+/// What an error of a write to an interface means.
+pub(crate) fn write_error(error: nix::Error) -> WriteError {
+    match error {
+        nix::Error::ENETDOWN | nix::Error::ENXIO | nix::Error::ENODEV | nix::Error::EBADFD => WriteError::Gone,
+        nix::Error::EAGAIN | nix::Error::ENOBUFS => WriteError::Refused(DropReason::PortBusy),
+        nix::Error::EMSGSIZE => WriteError::Refused(DropReason::TooBig),
+        _ => WriteError::Refused(DropReason::PortError),
+    }
+}

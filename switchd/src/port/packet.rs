@@ -1,0 +1,103 @@
+//! `packet`: an existing interface, through a packet socket that carries super-frames both ways.
+
+use super::{AttachError, PortIo, ReadError, WriteError, write_error};
+use crate::io::{guard, link, sys, udp};
+use crate::virtio::Offload;
+use nix::sys::uio::writev;
+use std::io::IoSlice;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// Options libc has no name for. Source: linux/if_packet.h.
+const PACKET_VNET_HDR: libc::c_int = 15;
+const PACKET_QDISC_BYPASS: libc::c_int = 20;
+const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
+/// Bytes the kernel may queue for us: a few hundred super-frames.
+const BUFFER: libc::c_int = 16 << 20;
+/// Our end of a veth or TAP takes whatever the guest sends, so that what is too big is refused by name, not lost.
+const OPEN_MTU: u32 = 65_521;
+
+/// A packet socket on one interface.
+#[derive(Debug)]
+pub struct Packet {
+    socket: OwnedFd,
+    interface: String,
+    index: u32,
+}
+
+impl Packet {
+    /// Closes the interface to the host's stack, opens it for the switch and sets it up. `guarded`: see [`guard::close`].
+    pub fn open(interface: &str, guarded: bool) -> Result<Self, AttachError> {
+        if !guard::is_interface_name(interface) {
+            return Err(AttachError::BadName(interface.into()));
+        }
+        let not_there = || AttachError::NotThere(interface.into());
+        let index = link::index(interface).ok_or_else(not_there)?;
+        guard::close(interface, guarded).map_err(|why| match link::index(interface) {
+            Some(_) => AttachError::Guard { interface: interface.into(), why },
+            None => not_there(),
+        })?;
+        if matches!(link::driver(interface).as_deref(), Ok("veth" | "tun")) {
+            link::set_mtu(interface, OPEN_MTU).map_err(AttachError::io(format!("set the MTU of {interface}")))?;
+        }
+        let socket = sys::packet_socket().map_err(AttachError::io("open a packet socket"))?;
+        let fd = socket.as_fd();
+        for (option, what) in [
+            (PACKET_VNET_HDR, "carry super-frames (PACKET_VNET_HDR)"),
+            (libc::PACKET_AUXDATA, "see VLAN tags (PACKET_AUXDATA)"),
+            (PACKET_IGNORE_OUTGOING, "ignore what it sends itself (PACKET_IGNORE_OUTGOING)"),
+            (PACKET_QDISC_BYPASS, "bypass the queueing discipline (PACKET_QDISC_BYPASS)"),
+        ] {
+            sys::set_option(fd, libc::SOL_PACKET, option, 1i32)
+                .map_err(AttachError::io(format!("make the packet socket {what}")))?;
+        }
+        udp::large_buffers(fd, BUFFER);
+        sys::bind_packet(fd, index).map_err(AttachError::io(format!("bind to {interface}")))?;
+        let promiscuous = libc::packet_mreq {
+            mr_ifindex: index as i32,
+            mr_type: libc::PACKET_MR_PROMISC as u16,
+            mr_alen: 0,
+            mr_address: [0; 8],
+        };
+        sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, promiscuous)
+            .map_err(AttachError::io(format!("take all frames of {interface}")))?;
+        link::set_up(interface).map_err(AttachError::io(format!("set {interface} up")))?;
+        Ok(Self { socket, interface: interface.into(), index })
+    }
+
+    /// An interface that was only set down belongs to us: it goes up again. Anything else means it has gone.
+    fn is_gone(&self) -> bool {
+        link::index(&self.interface) != Some(self.index) || link::set_up(&self.interface).is_err()
+    }
+}
+
+impl PortIo for Packet {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    fn read(&mut self, batch: &mut sys::Batch) -> Result<(), ReadError> {
+        match batch.receive(self.socket.as_fd(), true) {
+            Ok(0) => Err(ReadError::Empty),
+            Ok(_) => Ok(()),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => Err(ReadError::Empty),
+            Err(_) if self.is_gone() => Err(ReadError::Gone),
+            Err(_) => Err(ReadError::Empty),
+        }
+    }
+
+    fn write(&mut self, offload: &Offload, parts: &[&[u8]]) -> Result<(), WriteError> {
+        let header = offload.emit();
+        let mut slices = Vec::with_capacity(parts.len() + 1);
+        slices.push(IoSlice::new(&header));
+        slices.extend(parts.iter().map(|part| IoSlice::new(part)));
+        match writev(&self.socket, &slices).map_err(write_error) {
+            Ok(_) => Ok(()),
+            Err(WriteError::Gone) if !self.is_gone() => writev(&self.socket, &slices).map(|_| ()).map_err(write_error),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn losses(&mut self) -> u64 {
+        sys::packet_losses(self.socket.as_fd())
+    }
+}

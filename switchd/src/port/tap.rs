@@ -1,0 +1,104 @@
+//! `tap`: an interface the switch creates and holds; its other side lies in some network namespace.
+
+use super::{AttachError, HEADROOM, PortIo, ReadError, WriteError, write_error};
+use crate::io::sys::{self, Batch, Received};
+use crate::io::{guard, link};
+use crate::virtio::{self, Offload};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::uio::{readv, writev};
+use std::fs::{File, OpenOptions};
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+/// CSUM, TSO4, TSO6, TSO_ECN, USO4, USO6; then without USO (before Linux 6.2), without ECN, without anything.
+const OFFLOADS: [libc::c_ulong; 4] = [0x6f, 0x0f, 0x07, 0];
+/// Frames read in one go.
+const READS: usize = 32;
+
+/// A TAP's descriptor.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+}
+
+impl Tap {
+    /// Creates the TAP in the given (or this) namespace, with the network's MTU, and sets it up.
+    pub fn open(interface: &str, netns: Option<&str>, mtu: u16) -> Result<Self, AttachError> {
+        if !guard::is_interface_name(interface) {
+            return Err(AttachError::BadName(interface.into()));
+        }
+        let Some(path) = netns else { return Self::create(interface, mtu) };
+        let namespace = File::open(path).map_err(AttachError::io(format!("open network namespace {path}")))?;
+        // Only this short-lived thread enters the namespace; the descriptor works from anywhere.
+        std::thread::scope(|scope| {
+            let made = scope.spawn(|| {
+                setns(&namespace, CloneFlags::CLONE_NEWNET)
+                    .map_err(AttachError::io(format!("enter network namespace {path}")))?;
+                Self::create(interface, mtu)
+            });
+            made.join().unwrap_or_else(|_| Err(AttachError::NotThere(interface.into())))
+        })
+    }
+
+    fn create(interface: &str, mtu: u16) -> Result<Self, AttachError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/net/tun")
+            .map_err(AttachError::io("open /dev/net/tun"))?;
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        sys::interface_request(file.as_fd(), libc::TUNSETIFF as _, interface, |request| {
+            request.ifr_ifru.ifru_flags = flags as libc::c_short;
+        })
+        .map_err(AttachError::io(format!("create TAP {interface}")))?;
+        let offered = OFFLOADS.iter().find(|&&mask| sys::number_request(file.as_fd(), libc::TUNSETOFFLOAD as _, mask).is_ok());
+        tracing::debug!(interface, ?offered, "TAP offloads");
+        link::set_mtu(interface, mtu.into()).map_err(AttachError::io(format!("set the MTU of {interface}")))?;
+        link::set_up(interface).map_err(AttachError::io(format!("set {interface} up")))?;
+        Ok(Self { file })
+    }
+}
+
+impl PortIo for Tap {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    fn read(&mut self, batch: &mut Batch) -> Result<(), ReadError> {
+        batch.received.clear();
+        for index in 0..READS.min(batch.capacity()) {
+            let mut header = [0; virtio::LEN];
+            let slot = batch.slot_mut(index);
+            let got = readv(&self.file, &mut [IoSliceMut::new(&mut header), IoSliceMut::new(&mut slot[HEADROOM..])]);
+            match got {
+                Ok(len) => {
+                    batch.vnet[index] = header;
+                    let len = len.saturating_sub(virtio::LEN);
+                    batch.received.push(Received { len, from: None, vlan: None, segment: None, ecn: 0, refused: None });
+                }
+                Err(nix::Error::EAGAIN | nix::Error::EINTR) => break,
+                Err(error) if batch.received.is_empty() => {
+                    tracing::trace!(%error, "TAP");
+                    return Err(if error == nix::Error::EBADFD { ReadError::Gone } else { ReadError::Empty });
+                }
+                Err(_) => break,
+            }
+        }
+        if batch.received.is_empty() { Err(ReadError::Empty) } else { Ok(()) }
+    }
+
+    fn write(&mut self, offload: &Offload, parts: &[&[u8]]) -> Result<(), WriteError> {
+        let header = offload.emit();
+        let mut slices = Vec::with_capacity(parts.len() + 1);
+        slices.push(IoSlice::new(&header));
+        slices.extend(parts.iter().map(|part| IoSlice::new(part)));
+        match writev(&self.file, &slices) {
+            Ok(_) => Ok(()),
+            // Not up: its owner set it down, it is not gone.
+            Err(nix::Error::EIO) => Err(WriteError::Refused(crate::drops::DropReason::PortError)),
+            Err(error) => Err(write_error(error)),
+        }
+    }
+}

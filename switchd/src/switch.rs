@@ -1,0 +1,344 @@
+//! The control side's state: the only writer of the tables that workers read.
+//!
+//! Pure: events and `now` in (`handle_*`), [`Command`]s out; no clock, no socket. Peers are kept by `members.rs`, owned MACs
+//! by `moves.rs`; this file joins them with networks and ports. Read `switch/heard.rs` (what peers say) and
+//! `switch/requests.rs` (what operators and monitors ask) next; `io/control.rs` carries the commands out.
+
+mod command;
+mod heard;
+mod requests;
+mod tables;
+#[cfg(test)]
+mod tests;
+
+pub use command::{Command, Wanted};
+
+use crate::counters::PortCounters;
+use crate::fdb::Fdb;
+use crate::members::{Call, LinkId, Members};
+use crate::moves::{Effect, Key, Moves, Until};
+use crate::tables::{PeerSlot, Place, PortSlot, WorkerEvent};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use violin_common::api::switch::{NetworkSpec, PortSpec, SwitchReply};
+use violin_common::control::mesh::{Aead, Hello, Message, OLDEST, PROTOCOL};
+use violin_common::{DomainId, HostId, Instant, MacAddr, PortId, Vni};
+
+/// After this time ports that run here claim their MACs even if not all members were reached.
+pub const SETTLE: Duration = Duration::from_secs(2);
+/// How long a request about a move waits for the other end.
+pub const WAIT: Duration = Duration::from_secs(10);
+/// Learned MACs announced between two looks at the clock at most.
+const ANNOUNCEMENTS: u32 = 64;
+/// How often FDBs are swept; workers look at ages themselves.
+const AGE_EVERY: Duration = Duration::from_secs(1);
+/// Owned MACs in one message: about 150 KiB.
+const OWNED_CHUNK: usize = 4096;
+
+/// What a switch is, besides what it carries.
+#[derive(Debug, Clone)]
+pub struct Nature {
+    /// Its host.
+    pub host: HostId,
+    /// Its domain.
+    pub domain: DomainId,
+    /// Its mesh port.
+    pub listen: SocketAddr,
+    /// Largest UDP payload it takes.
+    pub max_datagram: u16,
+    /// Drawn at each start.
+    pub boot: u64,
+}
+
+/// A request that waits for its answer, numbered by whoever asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Ticket(pub u64);
+
+#[derive(Debug)]
+struct Net {
+    spec: NetworkSpec,
+    fdb: Arc<Fdb>,
+}
+
+#[derive(Debug)]
+struct PortState {
+    slot: PortSlot,
+    spec: PortSpec,
+    traffic: Arc<PortCounters>,
+    /// Who waits for it to be attached.
+    ticket: Option<Ticket>,
+}
+
+impl PortState {
+    fn key(&self) -> Option<Key> {
+        self.spec.owned.as_ref().map(|owned| (self.spec.vni, owned.mac))
+    }
+}
+
+#[derive(Debug)]
+struct Waiter {
+    ticket: Ticket,
+    key: Key,
+    until: Until,
+    deadline: Instant,
+}
+
+/// The control side of one switch.
+#[derive(Debug)]
+pub struct Switch {
+    nature: Nature,
+    started: Instant,
+    members: Members,
+    moves: Moves,
+    networks: BTreeMap<Vni, Net>,
+    ports: BTreeMap<PortId, PortState>,
+    slots: Vec<Option<PortId>>,
+    next_port: u32,
+    waiters: Vec<Waiter>,
+    settled: bool,
+    dirty: bool,
+    aged: Instant,
+    /// Learned MACs that may still be announced in this tick.
+    announcements: u32,
+    random: u64,
+    commands: Vec<Command>,
+}
+
+impl Switch {
+    /// A switch without networks, ports and peers. `seed` makes receiver indices hard to guess.
+    pub fn new(now: Instant, nature: Nature, join: &[SocketAddr], seed: u64) -> Self {
+        let members = Members::new(now, nature.host.clone(), nature.boot, join);
+        let moves = Moves::new(nature.host.clone());
+        Self {
+            nature,
+            started: now,
+            members,
+            moves,
+            networks: BTreeMap::new(),
+            ports: BTreeMap::new(),
+            slots: Vec::new(),
+            next_port: 1,
+            waiters: Vec::new(),
+            settled: false,
+            dirty: true,
+            aged: now,
+            announcements: ANNOUNCEMENTS,
+            random: seed,
+            commands: Vec::new(),
+        }
+    }
+
+    /// What is to be done now, in order. Tables come first: what a message or an answer says is true by then.
+    pub fn take_commands(&mut self, now: Instant) -> Vec<Command> {
+        self.carry_out_effects();
+        self.answer_waiters(now);
+        let mut commands = Vec::new();
+        if std::mem::take(&mut self.dirty) {
+            commands.push(Command::Publish(Box::new(self.forwarding())));
+        }
+        commands.append(&mut self.commands);
+        commands
+    }
+
+    /// SplitMix64 (Steele et al. 2014): enough for indices that an outsider cannot count up.
+    fn draw(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.random;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn send(&mut self, link: LinkId, message: Message) {
+        self.commands.push(Command::Send { link, message });
+    }
+
+    fn carry_out_effects(&mut self) {
+        for effect in self.moves.take_effects() {
+            self.dirty = true;
+            match effect {
+                Effect::Send { to, message } => {
+                    if let Some(link) = self.members.link_to(&to) {
+                        self.send(link, message);
+                    }
+                }
+                Effect::Announce { message, also } => {
+                    let vni = match &message {
+                        Message::Owned { macs, .. } => macs.first().map(|owned| owned.vni),
+                        Message::Disowned(owned) => Some(owned.vni),
+                        _ => None,
+                    };
+                    let links: Vec<LinkId> = self
+                        .members
+                        .connected_links()
+                        .filter(|(host, _, _, link)| {
+                            also.as_ref() == Some(*host) || vni.is_some_and(|vni| link.networks.contains(&vni))
+                        })
+                        .map(|(_, _, id, _)| id)
+                        .collect();
+                    for link in links {
+                        self.send(link, message.clone());
+                    }
+                }
+                Effect::Duplicate { key, host, epoch } => {
+                    tracing::warn!(vni = %key.0, mac = %key.1, %host, %epoch, "MAC is claimed by two places; ours is muted");
+                }
+            }
+        }
+    }
+
+    fn answer_waiters(&mut self, now: Instant) {
+        let (moves, commands) = (&self.moves, &mut self.commands);
+        self.waiters.retain(|waiter| {
+            let result = moves.outcome(waiter.key, waiter.until).or_else(|| {
+                (now >= waiter.deadline).then(|| {
+                    let state = moves.seen(waiter.key).map(|seen| seen.state);
+                    Err(format!("no answer from the other end within {} s; the move is {state:?} here", WAIT.as_secs()))
+                })
+            });
+            let Some(result) = result else { return true };
+            commands.push(Command::Answer { ticket: waiter.ticket, reply: result.map(|()| SwitchReply::Done) });
+            false
+        });
+    }
+
+    /// Time has passed; call it every 50 ms or so.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.announcements = ANNOUNCEMENTS;
+        for call in self.members.due(now) {
+            self.commands.push(Command::Call(call));
+        }
+        if !self.settled && (now.since(self.started) >= SETTLE || self.members.complete()) {
+            self.settled = true;
+            self.moves.settle(now);
+            self.dirty = true;
+        }
+        let members = &self.members;
+        self.moves.tick(now, &|host| members.link_to(host).is_some(), members.complete());
+        if now.since(self.aged) < AGE_EVERY {
+            return;
+        }
+        self.aged = now;
+        for network in self.networks.values() {
+            network.fdb.age(now, Duration::from_secs(network.spec.ageing_s.into()));
+        }
+    }
+
+    /// A connection stands: our HELLO goes out.
+    pub fn handle_connected(&mut self, link: LinkId, host: HostId, domain: DomainId, address: SocketAddr, called: bool) {
+        let index = (self.draw() >> 32) as u32;
+        self.members.connected(link, host, domain, address, called, index);
+        let hello = Hello {
+            oldest: OLDEST,
+            newest: PROTOCOL,
+            features: 0,
+            host: self.nature.host.clone(),
+            domain: self.nature.domain.clone(),
+            boot: self.nature.boot,
+            receiver: index,
+            aead: Aead::None,
+            max_datagram: self.nature.max_datagram,
+            networks: self.networks.keys().copied().collect(),
+        };
+        self.send(link, Message::Hello(hello));
+    }
+
+    /// A call has ended, in a connection or not.
+    pub fn handle_called(&mut self, now: Instant, call: &Call) {
+        self.members.called(now, call);
+    }
+
+    /// A connection has ended.
+    pub fn handle_closed(&mut self, now: Instant, link: LinkId) {
+        let Some(host) = self.members.closed(now, link) else { return };
+        tracing::info!(peer = %host, "peer lost");
+        self.forget_place(&host);
+        self.moves.peer_down(now, &host);
+    }
+
+    fn forget_place(&mut self, host: &HostId) {
+        if let Some(slot) = self.members.slot(host) {
+            self.flush_place(Place::Peer(slot));
+        }
+        self.dirty = true;
+    }
+
+    fn flush_place(&self, place: Place) {
+        for network in self.networks.values() {
+            network.fdb.flush_place(place);
+        }
+    }
+
+    fn flush_owned(&self, key: Key) {
+        if let Some(network) = self.networks.get(&key.0) {
+            network.fdb.flush_mac(key.1);
+        }
+    }
+
+    /// A worker saw something.
+    pub fn handle_worker(&mut self, event: WorkerEvent) {
+        match event {
+            // Guests can cause these at will: so many in a tick and no more; a flood tells peers as well.
+            WorkerEvent::Learned { vni, vid, mac, .. } if self.announcements > 0 => {
+                self.announcements -= 1;
+                self.tell_carriers(vni, &Message::Learned { vni, vid, mac });
+            }
+            WorkerEvent::Learned { .. } => {}
+            WorkerEvent::Stolen { vni, mac, port } => {
+                let port = self.slots.get(usize::from(port.0)).copied().flatten();
+                tracing::warn!(%vni, %mac, ?port, "a port used a MAC that somebody else owns; refused");
+            }
+        }
+    }
+
+    fn tell_carriers(&mut self, vni: Vni, message: &Message) {
+        let carriers: Vec<LinkId> = self
+            .members
+            .connected_links()
+            .filter(|(_, _, _, link)| link.networks.contains(&vni))
+            .map(|(_, _, id, _)| id)
+            .collect();
+        for link in carriers {
+            self.send(link, message.clone());
+        }
+    }
+
+    fn tell_all(&mut self, message: &Message) {
+        let links: Vec<LinkId> = self.members.connected_links().map(|(_, _, id, _)| id).collect();
+        for link in links {
+            self.send(link, message.clone());
+        }
+    }
+
+    /// The daemon ends: ports go, peers are told. Owned MACs are not given up, their VMs run on.
+    pub fn handle_drain(&mut self) {
+        self.tell_all(&Message::Leave);
+        for (id, port) in std::mem::take(&mut self.ports) {
+            self.commands.push(Command::Detach { slot: port.slot, id });
+        }
+        self.slots.clear();
+        self.dirty = true;
+    }
+
+    /// The port of a slot's place for operators.
+    fn port_of(&self, slot: PortSlot) -> Option<PortId> {
+        self.slots.get(usize::from(slot.0)).copied().flatten()
+    }
+
+    /// The host of a peer's place.
+    fn host_of(&self, slot: PeerSlot) -> Option<HostId> {
+        self.members.all().find(|(_, member)| member.slot == Some(slot)).map(|(host, _)| host.clone())
+    }
+
+    /// Whether a MAC is owned by somebody.
+    fn is_owned(&self, vni: Vni, mac: MacAddr) -> bool {
+        self.moves.seen((vni, mac)).is_some()
+    }
+
+    /// The address of the peer at a connection's end, for those that keep figures of connections.
+    pub fn link_of(&self, host: &HostId) -> Option<LinkId> {
+        self.members.link_to(host)
+    }
+}

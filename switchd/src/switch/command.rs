@@ -1,0 +1,76 @@
+//! What a [`Switch`](super::Switch) wants of the world, and what the configuration file wants of it.
+
+use super::Ticket;
+use crate::members::{Call, LinkId};
+use crate::tables::{Forwarding, PortSlot};
+use std::net::SocketAddr;
+use violin_common::api::switch::{NetworkSpec, PortKind, PortSpec, SwitchReply};
+use violin_common::control::mesh::Message;
+use violin_common::{PortId, Vni};
+
+/// What the world has to do, in this order.
+#[derive(Debug)]
+pub enum Command {
+    /// Publish new tables.
+    Publish(Box<Forwarding>),
+    /// Attach a port; answered by [`super::Switch::handle_attached`].
+    Attach {
+        /// Place.
+        slot: PortSlot,
+        /// Number.
+        id: PortId,
+        /// To what.
+        kind: PortKind,
+        /// Its network's.
+        mtu: u16,
+        /// Whether its VM is still to come.
+        arriving: bool,
+        /// Whether an interface that is not there is waited for.
+        patient: bool,
+    },
+    /// Detach a port.
+    Detach {
+        /// Place.
+        slot: PortSlot,
+        /// Number.
+        id: PortId,
+    },
+    /// Call somebody; answered by [`super::Switch::handle_called`], and [`super::Switch::handle_connected`] on success.
+    Call(Call),
+    /// Send on a connection.
+    Send {
+        /// Which.
+        link: LinkId,
+        /// What.
+        message: Message,
+    },
+    /// Close a connection.
+    Close {
+        /// Which.
+        link: LinkId,
+        /// Why, told to the peer.
+        why: String,
+    },
+    /// Answer a request.
+    Answer {
+        /// Which.
+        ticket: Ticket,
+        /// With what.
+        reply: Result<SwitchReply, String>,
+    },
+}
+
+/// The difference between a configuration file and what was made from the one before.
+#[derive(Debug, Default)]
+pub struct Wanted {
+    /// Ports to remove.
+    pub remove_ports: Vec<PortSpec>,
+    /// Networks to remove.
+    pub remove_networks: Vec<Vni>,
+    /// Networks to carry.
+    pub networks: Vec<NetworkSpec>,
+    /// Ports to make; an interface that is not there is waited for.
+    pub ports: Vec<PortSpec>,
+    /// Addresses of known members.
+    pub join: Vec<SocketAddr>,
+}

@@ -1,0 +1,148 @@
+//! What peers say. Nothing of it is believed about others than the host in the peer's certificate.
+
+use super::{Command, OWNED_CHUNK, Switch};
+use crate::members::{Greeted, LinkId};
+use crate::tables::Place;
+use violin_common::control::mesh::{Hello, Message};
+use violin_common::{HostId, Instant, MacAddr, Vni};
+
+/// Networks one peer may say it carries: a bound on what it can make us remember.
+const NETWORKS_LIMIT: usize = 65_536;
+
+impl Switch {
+    /// A message came on a connection. One that contradicts the protocol ends the connection.
+    ///
+    /// *Errors*: in words; the connection is being closed then.
+    pub fn handle_message(&mut self, now: Instant, link: LinkId, message: Message) -> Result<(), String> {
+        let result = self.heard(now, link, message);
+        if let Err(why) = &result {
+            self.commands.push(Command::Close { link, why: why.clone() });
+        }
+        result
+    }
+
+    fn heard(&mut self, now: Instant, id: LinkId, message: Message) -> Result<(), String> {
+        let message = match message {
+            Message::Hello(hello) => return self.greeted(now, id, hello),
+            other => other,
+        };
+        let link = self.members.link(id).ok_or("this connection is closed")?;
+        if link.hello.is_none() {
+            return Err("got a message before HELLO".into());
+        }
+        let from = link.host.clone();
+        if self.members.link_to(&from) != Some(id) {
+            // Superseded: what it says may be older than what the other connection said.
+            return Ok(());
+        }
+        match message {
+            Message::Hello(_) => {}
+            Message::Members(hints) => self.members.hinted(now, hints),
+            Message::Networks(networks) => self.carries(id, networks)?,
+            Message::Owned { all, macs } => self.owned(now, &from, all, &macs),
+            Message::Disowned(owned) => {
+                self.moves.disowned_heard(&from, owned);
+                self.dirty = true;
+            }
+            Message::Moved { owned, host } => {
+                self.moves.moved_heard(now, owned, host);
+                self.dirty = true;
+            }
+            Message::Learned { vni, vid, mac } => self.learned(now, &from, vni, vid, mac),
+            Message::Move { owned, step } => {
+                self.moves.step_heard(now, &from, owned, step);
+                self.flush_owned((owned.vni, owned.mac));
+                self.dirty = true;
+            }
+            Message::Leave => {
+                tracing::info!(peer = %from, "peer left");
+                self.forget_place(&from);
+                self.moves.peer_down(now, &from);
+                self.members.closed(now, id);
+                self.members.left(&from);
+                self.commands.push(Command::Close { link: id, why: "you left".into() });
+            }
+        }
+        Ok(())
+    }
+
+    fn greeted(&mut self, now: Instant, id: LinkId, hello: Hello) -> Result<(), String> {
+        if hello.networks.len() > NETWORKS_LIMIT {
+            return Err(format!("got {} networks, want at most {NETWORKS_LIMIT}", hello.networks.len()));
+        }
+        let host = hello.host.clone();
+        match self.members.greet(now, id, hello)? {
+            Greeted::Superseded => {
+                self.members.closed(now, id);
+                self.commands.push(Command::Close { link: id, why: "another connection between us stays".into() });
+                return Ok(());
+            }
+            Greeted::Up { replaced, same_boot } => {
+                if let Some(old) = replaced {
+                    self.members.closed(now, old);
+                    self.commands.push(Command::Close { link: old, why: "a newer connection between us stays".into() });
+                }
+                tracing::info!(peer = %host, same_boot, "peer connected");
+                self.dirty = true;
+            }
+        }
+        let hints = self.members.hints(&host);
+        self.send(id, Message::Members(hints));
+        let everybody: Vec<_> = self.members.connected_links().map(|(host, _, link, _)| (host.clone(), link)).collect();
+        for (other, link) in everybody.into_iter().filter(|(other, _)| *other != host) {
+            let newcomer = self.members.hints(&other).into_iter().filter(|hint| hint.host == host).collect();
+            self.send(link, Message::Members(newcomer));
+        }
+        let networks = self.members.link(id).map(|link| link.networks.clone()).unwrap_or_default();
+        self.tell_owned(id, true, &|vni| networks.contains(&vni));
+        self.moves.peer_up(now, &host);
+        Ok(())
+    }
+
+    fn tell_owned(&mut self, link: LinkId, all: bool, wanted: &dyn Fn(Vni) -> bool) {
+        let macs = self.moves.ours(wanted);
+        // Only a list that fits one message can say that it is complete.
+        let all = all && macs.len() <= OWNED_CHUNK;
+        if macs.is_empty() && all {
+            self.send(link, Message::Owned { all, macs });
+            return;
+        }
+        for chunk in macs.chunks(OWNED_CHUNK) {
+            self.send(link, Message::Owned { all, macs: chunk.to_vec() });
+        }
+    }
+
+    fn carries(&mut self, id: LinkId, networks: Vec<Vni>) -> Result<(), String> {
+        if networks.len() > NETWORKS_LIMIT {
+            return Err(format!("got {} networks, want at most {NETWORKS_LIMIT}", networks.len()));
+        }
+        let added = self.members.carries(id, networks);
+        self.dirty = true;
+        if !added.is_empty() {
+            self.tell_owned(id, false, &|vni| added.contains(&vni));
+        }
+        Ok(())
+    }
+
+    fn owned(&mut self, now: Instant, from: &HostId, all: bool, macs: &[violin_common::control::mesh::OwnedAt]) {
+        // A daemon that started anew has not got its ports back yet: what it does not name may still be there.
+        let complete = all && self.members.same_boot(from);
+        let networks = &self.networks;
+        self.moves.owned_heard(now, from, complete, macs, &|vni| networks.contains_key(&vni));
+        for owned in macs {
+            self.flush_owned((owned.vni, owned.mac));
+        }
+        self.dirty = true;
+    }
+
+    /// A learned MAC is heard elsewhere now. Only what we know is corrected: an announcement fills no table.
+    fn learned(&mut self, now: Instant, from: &HostId, vni: Vni, vid: u16, mac: MacAddr) {
+        let Some(slot) = self.members.slot(from) else { return };
+        let Some(network) = self.networks.get(&vni) else { return };
+        let ageing = std::time::Duration::from_secs(network.spec.ageing_s.into());
+        let elsewhere = network.fdb.lookup(now, vid, mac, ageing).is_some_and(|place| place != Place::Peer(slot));
+        if elsewhere && !self.is_owned(vni, mac) {
+            network.fdb.learn(now, vid, mac, Place::Peer(slot));
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! Two and three switches side by side, their commands carried out by hand.
+
+use super::*;
+use crate::tables::{Forwarding, Gate};
+use std::collections::VecDeque;
+use violin_common::Epoch;
+use violin_common::api::switch::{MoveState, OwnedMac, Ownership, PortKind, SwitchRequest};
+use violin_common::control::mesh::{OwnedAt, Step};
+
+const MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
+
+fn vni(value: u32) -> Vni {
+    Vni::new(value).unwrap()
+}
+
+fn address(number: usize) -> SocketAddr {
+    format!("10.0.0.{number}:7471").parse().unwrap()
+}
+
+fn name(number: usize) -> HostId {
+    format!("h{number}").parse().unwrap()
+}
+
+/// Switches `h1`, `h2`, ... and what is under way between them.
+struct Mesh {
+    now: Instant,
+    switches: Vec<Switch>,
+    tables: Vec<Forwarding>,
+    /// Connection number → its two ends: switch and number there.
+    links: BTreeMap<(usize, u64), (usize, u64)>,
+    next_link: u64,
+    wire: VecDeque<(usize, LinkId, Message)>,
+    answers: BTreeMap<(usize, u64), Result<SwitchReply, String>>,
+    closed: usize,
+}
+
+impl Mesh {
+    /// `h1` knows nobody, the others know `h1`. All carry network 5.
+    fn new(count: usize) -> Self {
+        let now = Instant(1);
+        let switches = (1..=count).map(|number| {
+            let nature = Nature {
+                host: name(number),
+                domain: "d1".parse().unwrap(),
+                listen: address(number),
+                max_datagram: 1472,
+                boot: number as u64,
+            };
+            let join = if number == 1 { vec![] } else { vec![address(1)] };
+            let mut switch = Switch::new(now, nature, &join, number as u64);
+            switch.network_add(NetworkSpec { vni: vni(5), mtu: 1400, ageing_s: 300 }).unwrap();
+            switch
+        });
+        let mut mesh = Self {
+            now,
+            switches: switches.collect(),
+            tables: vec![Forwarding::default(); count],
+            links: BTreeMap::new(),
+            next_link: 0,
+            wire: VecDeque::new(),
+            answers: BTreeMap::new(),
+            closed: 0,
+        };
+        mesh.run(Duration::from_secs(3));
+        mesh
+    }
+
+    fn carry_out(&mut self, at: usize) {
+        for command in self.switches[at].take_commands(self.now) {
+            match command {
+                Command::Publish(tables) => self.tables[at] = *tables,
+                Command::Attach { id, .. } => self.switches[at].handle_attached(self.now, id, Ok(())),
+                Command::Detach { .. } => {}
+                Command::Call(call) => {
+                    let to = (0..self.switches.len()).find(|number| address(number + 1) == call.address).unwrap();
+                    self.next_link += 2;
+                    let (ours, theirs) = (self.next_link, self.next_link + 1);
+                    self.links.insert((at, ours), (to, theirs));
+                    self.links.insert((to, theirs), (at, ours));
+                    let domain: DomainId = "d1".parse().unwrap();
+                    self.switches[at].handle_called(self.now, &call);
+                    self.switches[at].handle_connected(LinkId(ours), name(to + 1), domain.clone(), address(to + 1), true);
+                    self.switches[to].handle_connected(LinkId(theirs), name(at + 1), domain, address(at + 1), false);
+                    self.carry_out(to);
+                }
+                Command::Send { link, message } => {
+                    // As on the wire: encoded and decoded.
+                    let bytes = postcard::to_stdvec(&message).unwrap();
+                    if let Some((to, theirs)) = self.links.get(&(at, link.0)) {
+                        self.wire.push_back((*to, LinkId(*theirs), postcard::from_bytes(&bytes).unwrap()));
+                    }
+                }
+                Command::Close { link, .. } => self.close(at, link),
+                Command::Answer { ticket, reply } => drop(self.answers.insert((at, ticket.0), reply)),
+            }
+        }
+    }
+
+    fn close(&mut self, at: usize, link: LinkId) {
+        let Some((to, theirs)) = self.links.remove(&(at, link.0)) else { return };
+        self.closed += 1;
+        self.links.remove(&(to, theirs));
+        self.wire.retain(|(_, link, _)| link.0 != theirs);
+        self.switches[at].handle_closed(self.now, link);
+        self.switches[to].handle_closed(self.now, LinkId(theirs));
+    }
+
+    fn settle(&mut self) {
+        for at in 0..self.switches.len() {
+            self.carry_out(at);
+        }
+        while let Some((to, link, message)) = self.wire.pop_front() {
+            let _ = self.switches[to].handle_message(self.now, link, message);
+            self.carry_out(to);
+        }
+    }
+
+    fn run(&mut self, span: Duration) {
+        let end = self.now + span;
+        while self.now < end {
+            self.now = self.now + Duration::from_millis(50);
+            for at in 0..self.switches.len() {
+                self.switches[at].handle_timeout(self.now);
+            }
+            self.settle();
+        }
+    }
+
+    /// Asks switch `at` (from 1) and waits some time.
+    fn ask(&mut self, at: usize, request: SwitchRequest) -> Result<SwitchReply, String> {
+        self.next_link += 1;
+        let ticket = self.next_link;
+        self.switches[at - 1].handle_request(self.now, Ticket(ticket), request);
+        self.settle();
+        self.run(Duration::from_millis(200));
+        self.answers.remove(&(at - 1, ticket)).expect("answered")
+    }
+
+    fn port(&mut self, at: usize, interface: &str, owned: Option<Ownership>) -> PortId {
+        let owned = owned.map(|ownership| OwnedMac { mac: MAC, vm: "alpha-c1".parse().unwrap(), ownership });
+        let spec = PortSpec { vni: vni(5), kind: PortKind::Packet { interface: interface.into() }, owned };
+        match self.ask(at, SwitchRequest::PortAdd(spec)) {
+            Ok(SwitchReply::Port(port)) => port,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn network(&self, at: usize) -> &crate::tables::Network {
+        &self.tables[at - 1].networks[&vni(5)]
+    }
+}
+
+#[test]
+fn everybody_is_connected_with_everybody_by_one_connection() {
+    let mesh = Mesh::new(4);
+
+    for at in 1..=4 {
+        assert_eq!(mesh.network(at).peers.len(), 3, "h{at}");
+        assert_eq!(mesh.tables[at - 1].by_receiver.len(), 3);
+    }
+    assert_eq!(mesh.links.len(), 2 * 6);
+}
+
+#[test]
+fn each_writes_the_index_the_other_gave() {
+    let mesh = Mesh::new(2);
+
+    let ours = mesh.tables[0].peers[0].as_ref().unwrap();
+    assert!(mesh.tables[1].by_receiver.contains_key(&ours.receiver));
+    assert_eq!((ours.host.as_str(), ours.address), ("h2", address(2)));
+}
+
+#[test]
+fn floods_go_only_to_peers_that_carry_the_network() {
+    let mut mesh = Mesh::new(3);
+
+    mesh.ask(3, SwitchRequest::NetworkRemove { vni: vni(5) }).unwrap();
+
+    assert_eq!(mesh.network(1).peers.len(), 1);
+    assert!(mesh.tables[0].peers[mesh.network(1).peers[0].0 as usize].as_ref().unwrap().host == name(2));
+}
+
+#[test]
+fn a_lost_connection_is_made_again() {
+    let mut mesh = Mesh::new(3);
+    let (&(at, link), _) = mesh.links.iter().next().unwrap();
+
+    mesh.close(at, LinkId(link));
+    mesh.settle();
+    assert!((1..=3).any(|at| mesh.network(at).peers.len() == 1));
+    mesh.run(Duration::from_secs(1));
+
+    assert!((1..=3).all(|at| mesh.network(at).peers.len() == 2));
+}
+
+#[test]
+fn a_member_that_leaves_is_not_called_again() {
+    let mut mesh = Mesh::new(3);
+
+    mesh.switches[2].handle_drain();
+    mesh.settle();
+
+    assert_eq!(mesh.network(1).peers.len(), 1);
+    assert!(mesh.switches[0].members.all().all(|(host, _)| *host != name(3)));
+}
+
+#[test]
+fn a_message_before_hello_and_a_false_name_end_the_connection() {
+    let mut mesh = Mesh::new(2);
+    let switch = &mut mesh.switches[0];
+    switch.handle_connected(LinkId(900), name(3), "d1".parse().unwrap(), address(3), false);
+    let early = switch.handle_message(mesh.now, LinkId(900), Message::Leave);
+    assert_eq!(early, Err("got a message before HELLO".into()));
+
+    let hello = Hello {
+        oldest: OLDEST,
+        newest: PROTOCOL,
+        features: 0,
+        host: name(2),
+        domain: "d1".parse().unwrap(),
+        boot: 99,
+        receiver: 1,
+        aead: Aead::None,
+        max_datagram: 1472,
+        networks: vec![],
+    };
+    let false_name = switch.handle_message(mesh.now, LinkId(900), Message::Hello(hello.clone()));
+    assert!(false_name.unwrap_err().contains("the certificate says h3"));
+    let newer = Hello { host: name(3), oldest: PROTOCOL + 1, newest: PROTOCOL + 2, ..hello.clone() };
+    let refused = switch.handle_message(mesh.now, LinkId(900), Message::Hello(newer));
+    assert!(refused.unwrap_err().contains("upgrade the older end"));
+    let sealed = Hello { host: name(3), aead: Aead::Aes256Gcm, ..hello };
+    let refused = switch.handle_message(mesh.now, LinkId(900), Message::Hello(sealed));
+    assert!(refused.unwrap_err().contains("configured alike"));
+}
+
+#[test]
+fn a_move_changes_the_tables_of_all_three() {
+    let mut mesh = Mesh::new(3);
+    let source = mesh.port(1, "a", Some(Ownership::Here { epoch: Epoch::FIRST }));
+    mesh.port(2, "b", Some(Ownership::Arriving));
+    let (Place::Port(at_source), true) = (mesh.network(1).owned[&MAC].at, source == PortId(1)) else { panic!() };
+    assert_eq!(mesh.tables[0].ports[at_source.0 as usize].as_ref().unwrap().gate, Gate::Open);
+    let third = mesh.network(3).owned[&MAC].at;
+
+    assert_eq!(mesh.ask(1, SwitchRequest::MoveGrant { vni: vni(5), mac: MAC, to: name(2) }), Ok(SwitchReply::Done));
+    let arriving = mesh.network(2).owned[&MAC].arriving.expect("takes what tunnels bring");
+    assert_eq!(mesh.tables[1].ports[arriving.0 as usize].as_ref().unwrap().gate, Gate::Hold);
+    assert_eq!(mesh.ask(1, SwitchRequest::MoveStopped { vni: vni(5), mac: MAC }), Ok(SwitchReply::Done));
+    let fenced = mesh.network(1).owned[&MAC];
+    assert!(fenced.forward_late && matches!(fenced.at, Place::Peer(_)));
+    assert_eq!(mesh.tables[0].ports[at_source.0 as usize].as_ref().unwrap().gate, Gate::Closed);
+    assert_eq!(mesh.ask(2, SwitchRequest::MoveRunning { vni: vni(5), mac: MAC }), Ok(SwitchReply::Done));
+
+    assert_eq!(mesh.network(2).owned[&MAC].at, Place::Port(arriving));
+    assert_eq!(mesh.tables[1].ports[arriving.0 as usize].as_ref().unwrap().gate, Gate::Open);
+    assert_ne!(mesh.network(3).owned[&MAC].at, third);
+    let Ok(SwitchReply::Move(seen)) = mesh.ask(1, SwitchRequest::MoveStatus { vni: vni(5), mac: MAC }) else { panic!() };
+    assert_eq!((seen.state, seen.host), (MoveState::Gone, Some(name(2))));
+    let states: Vec<_> = seen.entered.iter().map(|(state, _)| *state).collect();
+    let wanted = [MoveState::Absent, MoveState::Owned, MoveState::Granted, MoveState::Fenced, MoveState::Gone];
+    assert!(wanted.iter().all(|state| states.contains(state)), "{states:?}");
+}
+
+#[test]
+fn a_request_about_a_move_is_answered_even_if_the_other_end_is_not() {
+    let mut mesh = Mesh::new(2);
+    mesh.port(1, "a", Some(Ownership::Here { epoch: Epoch::FIRST }));
+    let unknown = mesh.ask(1, SwitchRequest::MoveGrant { vni: vni(5), mac: MAC, to: name(7) });
+    assert!(unknown.unwrap_err().contains("not connected"));
+
+    let ticket = Ticket(77);
+    mesh.switches[0].handle_request(mesh.now, ticket, SwitchRequest::MoveGrant { vni: vni(5), mac: MAC, to: name(2) });
+    mesh.now = mesh.now + WAIT;
+    mesh.carry_out(0);
+
+    let reply = mesh.answers.remove(&(0, 77)).expect("answered");
+    assert!(reply.unwrap_err().contains("no answer from the other end"));
+}
+
+#[test]
+fn a_peer_cannot_disown_or_release_for_another() {
+    let mut mesh = Mesh::new(3);
+    mesh.port(1, "a", Some(Ownership::Here { epoch: Epoch::FIRST }));
+    let before = mesh.network(2).owned[&MAC];
+    let (&(at, link), _) = mesh.links.iter().find(|((at, _), (to, _))| (*at, *to) == (1, 2)).unwrap();
+    let owned = OwnedAt { vni: vni(5), mac: MAC, epoch: Epoch::FIRST.after(7) };
+
+    for message in [
+        Message::Disowned(owned),
+        Message::Move { owned, step: Step::Released { why: String::new() } },
+        Message::Move { owned, step: Step::Fenced },
+    ] {
+        mesh.switches[at].handle_message(mesh.now, LinkId(link), message).unwrap();
+    }
+    mesh.settle();
+
+    assert_eq!(mesh.network(2).owned[&MAC], before);
+}
+
+#[test]
+fn an_announced_learned_mac_corrects_the_fdb_but_never_fills_it() {
+    let mut mesh = Mesh::new(3);
+    let port = mesh.port(1, "a", None);
+    assert_eq!(port, PortId(1));
+    let (slot, other) = (PortSlot(0), MacAddr([2, 0, 0, 0, 0, 2]));
+    let fdb = Arc::clone(&mesh.network(1).fdb);
+    fdb.learn(mesh.now, 0, MAC, Place::Port(slot));
+
+    for mac in [MAC, other] {
+        mesh.switches[2].handle_worker(WorkerEvent::Learned { vni: vni(5), vid: 0, mac, port: slot });
+    }
+    mesh.settle();
+
+    let ageing = Duration::from_secs(300);
+    assert!(matches!(fdb.lookup(mesh.now, 0, MAC, ageing), Some(Place::Peer(_))));
+    assert_eq!(fdb.lookup(mesh.now, 0, other, ageing), None);
+}
+
+#[test]
+fn ports_and_networks_refuse_what_cannot_be() {
+    let mut mesh = Mesh::new(1);
+    mesh.port(1, "a", Some(Ownership::Arriving));
+    let owned = Some(OwnedMac { mac: MAC, vm: "x-y".parse().unwrap(), ownership: Ownership::Arriving });
+    let packet = |interface: &str| PortKind::Packet { interface: interface.into() };
+    let cases = [
+        (PortSpec { vni: vni(9), kind: packet("b"), owned: None }, "does not carry"),
+        (PortSpec { vni: vni(5), kind: packet("a"), owned: None }, "port p1 has it"),
+        (PortSpec { vni: vni(5), kind: packet("b"), owned }, "port p1 has it"),
+        (PortSpec { vni: vni(5), kind: packet("a/../../b"), owned: None }, "want 1 to 15"),
+        (PortSpec { vni: vni(5), kind: packet("sixteen-letters-"), owned: None }, "want 1 to 15"),
+    ];
+    for (spec, wanted) in cases {
+        let error = mesh.ask(1, SwitchRequest::PortAdd(spec)).unwrap_err();
+        assert!(error.contains(wanted), "{error}");
+    }
+    let error = mesh.ask(1, SwitchRequest::NetworkRemove { vni: vni(5) }).unwrap_err();
+    assert!(error.contains("has port p1"), "{error}");
+    let error = mesh.ask(1, SwitchRequest::NetworkAdd(NetworkSpec { vni: vni(5), mtu: 9000, ageing_s: 300 })).unwrap_err();
+    assert!(error.contains("remove its ports first"), "{error}");
+    assert_eq!(mesh.ask(1, SwitchRequest::PortRemove { port: PortId(77) }), Ok(SwitchReply::Done));
+}

@@ -1,0 +1,337 @@
+//! The fast path's state between two vectors of frames. Its two ways are told in `outbound.rs` and `inbound.rs`.
+//!
+//! Never reads a clock, opens a socket or waits: time and tables are arguments, what leaves goes through [`Egress`].
+
+use crate::counters::Counters;
+use crate::drops::DropReason;
+use crate::reassembly::Reassembly;
+use crate::slice::{Arena, Crossing, Sender};
+use crate::tables::{Forwarding, Gate, Network, PeerSlot, Place, Port, PortSlot, SourceRule, WorkerEvent};
+use crate::toobig;
+use crate::traffic::{Pair, Traffic};
+use crate::transport::Transport;
+use crate::virtio::Offload;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+use violin_common::wire::ethernet::{Header, TAG_LEN};
+use violin_common::{Instant, MacAddr, PortId, Vni};
+
+/// Frames one port may have on hold.
+pub const HOLD_FRAMES: usize = 512;
+/// Bytes one port may have on hold.
+pub const HOLD_BYTES: usize = 4 << 20;
+/// Bytes put together before they are sent.
+const ARENA_BYTES: usize = 1 << 20;
+/// Shortest time between two sweeps over all FDBs.
+const SWEEP: Duration = Duration::from_secs(1);
+/// Shortest time between two [`WorkerEvent::Stolen`] of one address at one port.
+const STOLEN_AGAIN: Duration = Duration::from_secs(1);
+
+/// What became of a frame for a local port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivered {
+    /// It was written.
+    Written,
+    /// It waits for the interface; whoever writes it later counts it.
+    Waiting,
+}
+
+/// Where a worker puts what leaves it.
+pub trait Egress {
+    /// Writes one frame, given in parts, to a local port. The first part holds all of the frame's headers.
+    fn deliver(
+        &mut self,
+        now: Instant,
+        slot: PortSlot,
+        port: &Port,
+        offload: &Offload,
+        parts: &[&[u8]],
+    ) -> Result<Delivered, DropReason>;
+
+    /// Largest layer-3 packet a gateway's foreign tunnel end takes; `None`: no limit known.
+    fn path_mtu(&self, slot: PortSlot) -> Option<u16>;
+
+    /// Hands datagrams to the underlay.
+    fn send(&mut self, arena: &Arena);
+
+    /// Tells the control side; `false` when there was no room.
+    fn tell(&mut self, event: WorkerEvent) -> bool;
+}
+
+/// A frame as it was read from a port.
+#[derive(Debug)]
+pub struct Frame<'a> {
+    /// What its `virtio_net_hdr` says; refused by name when that is not understood.
+    pub offload: Result<Offload, DropReason>,
+    /// The frame.
+    pub bytes: &'a mut [u8],
+}
+
+#[derive(Debug)]
+struct Held {
+    id: PortId,
+    bytes: usize,
+    frames: VecDeque<(Offload, Vec<u8>)>,
+}
+
+/// A frame of the present vector that goes to a peer.
+#[derive(Debug)]
+pub(crate) struct Leaving {
+    pub(crate) peer: PeerSlot,
+    pub(crate) frame: usize,
+    pub(crate) offload: Offload,
+    pub(crate) transport: Option<Transport>,
+}
+
+/// The fast path. One thread, or one simulated host, has one.
+#[derive(Debug)]
+pub struct Worker {
+    pub(crate) counters: Arc<Counters>,
+    traffic: Arc<Traffic>,
+    pub(crate) arena: Arena,
+    pub(crate) leaving: Vec<Leaving>,
+    pub(crate) seen: Vec<(Pair, u64, u64)>,
+    pub(crate) reassembly: HashMap<PeerSlot, Reassembly>,
+    senders: Vec<Sender>,
+    scratch: Vec<u8>,
+    held: HashMap<PortSlot, Held>,
+    stolen: HashMap<(Vni, MacAddr, PortSlot), Instant>,
+    swept: Instant,
+}
+
+impl Worker {
+    /// A worker that counts into `counters` and `traffic`.
+    pub fn new(counters: Arc<Counters>, traffic: Arc<Traffic>) -> Self {
+        Self {
+            counters,
+            traffic,
+            arena: Arena::default(),
+            leaving: Vec::new(),
+            seen: Vec::new(),
+            reassembly: HashMap::new(),
+            senders: Vec::new(),
+            scratch: Vec::new(),
+            held: HashMap::new(),
+            stolen: HashMap::new(),
+            swept: Instant(0),
+        }
+    }
+
+    /// Takes a vector of frames from a port.
+    pub fn outbound(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        slot: PortSlot,
+        frames: &mut [Frame<'_>],
+        out: &mut dyn Egress,
+    ) {
+        let Some((port, network)) = port_of(tables, slot) else {
+            return self.counters.drops.add(DropReason::NoNetwork, frames.len() as u64);
+        };
+        match port.gate {
+            Gate::Open => {
+                self.release(now, tables, slot, out);
+                self.forward_out(now, tables, (slot, port, network), frames, out);
+            }
+            Gate::Hold => frames.iter().for_each(|frame| self.hold(slot, port, frame)),
+            Gate::Closed => self.counters.drops.add(DropReason::GateClosed, frames.len() as u64),
+        }
+    }
+
+    /// Looks at gates after new tables were published: what is on hold leaves, or is refused.
+    pub fn tables_changed(&mut self, now: Instant, tables: &Forwarding, out: &mut dyn Egress) {
+        let slots: Vec<_> = self.held.keys().copied().collect();
+        for slot in slots {
+            let gate = port_of(tables, slot).filter(|(port, _)| self.held.get(&slot).is_some_and(|held| held.id == port.id));
+            match gate.map(|(port, _)| port.gate) {
+                Some(Gate::Open) => self.release(now, tables, slot, out),
+                Some(Gate::Hold) => (),
+                Some(Gate::Closed) | None => {
+                    let count = self.held.remove(&slot).map_or(0, |held| held.frames.len());
+                    self.counters.drops.add(DropReason::GateClosed, count as u64);
+                }
+            }
+        }
+    }
+
+    /// Does what time asks for: gives up unfinished frames, forgets aged MACs. To be called some times a second.
+    pub fn tick(&mut self, now: Instant, tables: &Forwarding) {
+        let counters = &self.counters;
+        self.reassembly.retain(|_, frames| {
+            counters.drops.add(DropReason::ReassemblyTimeout, frames.expire(now) as u64);
+            !frames.is_empty()
+        });
+        if now.since(self.swept) >= SWEEP {
+            self.swept = now;
+            self.stolen.retain(|_, told| now.since(*told) < STOLEN_AGAIN);
+            for network in tables.networks.values() {
+                network.fdb.age(now, network.ageing);
+            }
+        }
+    }
+
+    fn hold(&mut self, slot: PortSlot, port: &Port, frame: &Frame<'_>) {
+        let Ok(offload) = frame.offload else { return self.counters.drops.count(DropReason::Segmentation) };
+        let held = self.held.entry(slot).or_insert_with(|| Held { id: port.id, bytes: 0, frames: VecDeque::new() });
+        if held.id != port.id {
+            *held = Held { id: port.id, bytes: 0, frames: VecDeque::new() };
+        }
+        if held.frames.len() >= HOLD_FRAMES || held.bytes + frame.bytes.len() > HOLD_BYTES {
+            return self.counters.drops.count(DropReason::HoldFull);
+        }
+        held.bytes += frame.bytes.len();
+        held.frames.push_back((offload, frame.bytes.to_vec()));
+    }
+
+    /// Lets go what the port said while its gate was on hold, in order.
+    fn release(&mut self, now: Instant, tables: &Forwarding, slot: PortSlot, out: &mut dyn Egress) {
+        if self.held.is_empty() {
+            return;
+        }
+        let (Some(held), Some((port, network))) = (self.held.remove(&slot), port_of(tables, slot)) else { return };
+        if held.id != port.id {
+            return self.counters.drops.add(DropReason::GateClosed, held.frames.len() as u64);
+        }
+        let mut frames = held.frames;
+        let mut frames: Vec<_> =
+            frames.iter_mut().map(|(offload, bytes)| Frame { offload: Ok(*offload), bytes: bytes.as_mut_slice() }).collect();
+        self.forward_out(now, tables, (slot, port, network), &mut frames, out);
+    }
+
+    /// Hands a frame to a local port, or answers for a gateway that cannot take it.
+    pub(crate) fn hand_over(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        slot: PortSlot,
+        passing: &Passing<'_>,
+        out: &mut dyn Egress,
+    ) {
+        let Some((port, network)) = port_of(tables, slot).filter(|(port, _)| port.vni == passing.vni) else {
+            return self.counters.drops.count(DropReason::Gone);
+        };
+        if port.source == SourceRule::Only(passing.header.source) {
+            // A VM's own broadcast that was still on its way when the VM arrived here.
+            return self.counters.drops.count(DropReason::Hairpin);
+        }
+        if port.gateway
+            && let Some(limit) = out.path_mtu(slot)
+            && passing.packet_len() > usize::from(limit)
+        {
+            self.counters.drops.count(DropReason::GatewayTooBig);
+            if let Some(answer) = toobig::answer(passing.parts, &passing.header, limit.min(network.mtu)) {
+                self.answer(now, tables, passing, &answer, out);
+            }
+            return;
+        }
+        match out.deliver(now, slot, port, &passing.offload, passing.parts) {
+            Ok(Delivered::Written) => port.traffic.written(now, passing.parts.iter().map(|part| part.len() as u64).sum()),
+            Ok(Delivered::Waiting) => (),
+            Err(reason) => self.counters.drops.count(reason),
+        }
+    }
+
+    /// Sends a frame made here back to where the frame it answers came from.
+    fn answer(&mut self, now: Instant, tables: &Forwarding, passing: &Passing<'_>, answer: &[u8], out: &mut dyn Egress) {
+        self.counters.too_big_answers.fetch_add(1, Relaxed);
+        match passing.from {
+            Place::Port(slot) => {
+                if let Some((port, _)) = port_of(tables, slot)
+                    && let Err(reason) = out.deliver(now, slot, port, &Offload::default(), &[answer])
+                {
+                    self.counters.drops.count(reason);
+                }
+            }
+            Place::Peer(slot) => {
+                let crossing =
+                    Crossing { vni: passing.vni, marks: 0, offload: Offload::default(), transport: None, frame: answer };
+                self.cross(tables, slot, &crossing, out);
+            }
+            Place::Nowhere => (),
+        }
+    }
+
+    /// Puts a frame on its way to a peer.
+    pub(crate) fn cross(&mut self, tables: &Forwarding, slot: PeerSlot, crossing: &Crossing<'_>, out: &mut dyn Egress) {
+        let Some(peer) = tables.peers.get(usize::from(slot.0)).and_then(Option::as_ref) else {
+            return self.counters.drops.count(DropReason::Gone);
+        };
+        if self.senders.len() <= usize::from(slot.0) {
+            self.senders.resize(usize::from(slot.0) + 1, Sender::default());
+        }
+        self.senders[usize::from(slot.0)].cross(slot, peer, crossing, &mut self.scratch, &mut self.arena);
+        if self.arena.bytes().len() >= ARENA_BYTES {
+            self.depart(tables, out);
+        }
+    }
+
+    /// Hands what was put together to the underlay.
+    pub(crate) fn depart(&mut self, tables: &Forwarding, out: &mut dyn Egress) {
+        if self.arena.bursts().is_empty() {
+            return;
+        }
+        for burst in self.arena.bursts() {
+            if let Some(Some(peer)) = tables.peers.get(usize::from(burst.peer.0)) {
+                peer.traffic.sent(burst.count as u64, (burst.end - burst.start) as u64);
+            }
+        }
+        out.send(&self.arena);
+        self.arena.clear();
+    }
+
+    pub(crate) fn tell(&self, event: WorkerEvent, out: &mut dyn Egress) {
+        if !out.tell(event) {
+            self.counters.events_lost.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Reports a stolen MAC, once a second at most.
+    pub(crate) fn report_stolen(&mut self, now: Instant, vni: Vni, mac: MacAddr, port: PortSlot, out: &mut dyn Egress) {
+        if self.stolen.len() >= 256 || self.stolen.get(&(vni, mac, port)).is_some_and(|told| now.since(*told) < STOLEN_AGAIN) {
+            return;
+        }
+        self.stolen.insert((vni, mac, port), now);
+        self.tell(WorkerEvent::Stolen { vni, mac, port }, out);
+    }
+
+    pub(crate) fn note_traffic(&mut self) {
+        self.traffic.add(&mut self.seen);
+    }
+}
+
+/// A frame on its way through this switch, in parts; the first part holds all headers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Passing<'a> {
+    pub(crate) vni: Vni,
+    pub(crate) from: Place,
+    pub(crate) header: Header,
+    pub(crate) offload: Offload,
+    pub(crate) transport: Option<Transport>,
+    pub(crate) parts: &'a [&'a [u8]],
+}
+
+impl Passing<'_> {
+    /// Length of the layer-3 packet, or of one segment of a super-frame.
+    pub(crate) fn packet_len(&self) -> usize {
+        packet_len(&self.header, &self.offload, self.parts.iter().map(|part| part.len()).sum())
+    }
+}
+
+/// Length of the layer-3 packet in a frame of `len` bytes, or of one of its segments.
+pub(crate) fn packet_len(header: &Header, offload: &Offload, len: usize) -> usize {
+    let len = if offload.is_super() { usize::from(offload.header_len) + usize::from(offload.segment_size) } else { len };
+    len.saturating_sub(header.payload)
+}
+
+/// Largest frame of a network: two tags are not part of the MTU.
+pub(crate) const fn largest_frame(mtu: u16) -> usize {
+    mtu as usize + violin_common::wire::ethernet::HEADER_LEN + 2 * TAG_LEN
+}
+
+pub(crate) fn port_of(tables: &Forwarding, slot: PortSlot) -> Option<(&Port, &Network)> {
+    let port = tables.ports.get(usize::from(slot.0))?.as_ref()?;
+    Some((port, tables.networks.get(&port.vni)?))
+}

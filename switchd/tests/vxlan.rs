@@ -1,0 +1,48 @@
+//! A gateway port talks to a Linux kernel VXLAN device. Needs root.
+#![cfg(feature = "io")]
+
+mod support;
+
+use support::{MTU, Namespace, guest, run, two_hosts, until, vni};
+use violin_common::api::switch::PortKind;
+
+#[test]
+#[ignore = "needs root"]
+fn a_kernel_vxlan_device_and_our_guests_talk_both_ways() {
+    let (mut a, mut b) = two_hosts(&[vni(5)], MTU);
+    let g1 = guest(&a.ns, "p1", "10.5.0.1", MTU);
+    let g2 = guest(&b.ns, "p1", "10.5.0.2", MTU);
+    a.packet_port(vni(5), "p1", MTU);
+    b.packet_port(vni(5), "p1", MTU);
+    let foreign = Namespace::new("foreign");
+    run(&format!("ip link add wan netns {} type veth peer name wan netns {}", a.ns.0, foreign.0));
+    a.ns.run("ip addr add 10.98.0.1/24 dev wan && ip link set wan up");
+    foreign.run("ip addr add 10.98.0.2/24 dev wan && ip link set wan up");
+    // Its MTU is the kernel's own idea, larger than the network's.
+    foreign.run("ip link add vx type vxlan id 77 remote 10.98.0.1 local 10.98.0.2 dstport 4789 dev wan");
+    foreign.run("ip addr add 10.5.0.9/24 dev vx && ip link set vx up");
+    let port = a.announce_port(vni(5), true);
+    let (local, remote) = ("10.98.0.1:4789".parse().unwrap(), "10.98.0.2:4789".parse().unwrap());
+    a.attach(port, &PortKind::Vxlan { local, remote, remote_vni: vni(77) }, MTU);
+
+    for guest in [&g1, &g2] {
+        foreign.run(&format!("busybox ping -c 2 -W 2 10.5.0.{}", if guest.0 == g1.0 { 1 } else { 2 }));
+        guest.run("busybox ping -c 2 -W 2 -s 1372 10.5.0.9");
+        let server = guest.start("iperf3 -s");
+        until("iperf3 listens", || guest.run("ss -ltn").contains(":5201"));
+        let address =
+            guest.run("ip -o -4 addr show dev eth0").split_whitespace().nth(3).unwrap().split('/').next().unwrap().to_owned();
+        println!("to the guest: {}", foreign.run(&format!("iperf3 -c {address} -t 1 -f m | grep receiver")));
+        println!("from the guest: {}", foreign.run(&format!("iperf3 -c {address} -t 1 -f m -R | grep receiver")));
+        drop(server);
+    }
+    println!("{:?} {:?}", a.drops(), b.drops());
+
+    // A full-size packet of the foreign side is too big for the network: it is told, and then fits.
+    foreign.run("ip link set vx mtu 1450");
+    let answers = || a.counters.snapshot().iter().find(|c| c.name == "too-big-answers").unwrap().value;
+    let before = answers();
+    let _ = foreign.try_run("busybox ping -c 2 -W 1 -s 1422 10.5.0.2");
+    assert!(answers() > before, "{:?}", a.drops());
+    until("the path MTU is known", || foreign.run("ip route get 10.5.0.2").contains("mtu 1400"));
+}

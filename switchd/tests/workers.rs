@@ -1,0 +1,390 @@
+//! Workers joined in memory: no clock, no socket, no root.
+
+use proptest::prelude::*;
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use switchd::counters::Counters;
+use switchd::drops::DropReason;
+use switchd::fdb::Fdb;
+use switchd::inbound::Merging;
+use switchd::slice::Arena;
+use switchd::tables::{Forwarding, Gate, Network, Owned, Peer, PeerSlot, Place, Port, PortSlot, SourceRule, WorkerEvent};
+use switchd::virtio::{Offload, Partial};
+use switchd::worker::{Delivered, Egress, Frame, Worker};
+use violin_common::wire::mesh::Segmentation;
+use violin_common::{Instant, MacAddr, PortId, Vni};
+
+const NOW: Instant = Instant(1_000_000_000);
+const PORT: PortSlot = PortSlot(0);
+
+#[derive(Default)]
+struct Out {
+    delivered: Vec<(PortSlot, Offload, Vec<u8>)>,
+    /// Receiver, sender's slot for it, datagram.
+    sent: Vec<(SocketAddr, Vec<u8>)>,
+    events: Vec<WorkerEvent>,
+}
+
+impl Egress for Out {
+    fn deliver(
+        &mut self,
+        _: Instant,
+        slot: PortSlot,
+        _: &Port,
+        offload: &Offload,
+        parts: &[&[u8]],
+    ) -> Result<Delivered, DropReason> {
+        self.delivered.push((slot, *offload, parts.concat()));
+        Ok(Delivered::Written)
+    }
+
+    fn path_mtu(&self, _: PortSlot) -> Option<u16> {
+        None
+    }
+
+    fn send(&mut self, arena: &Arena) {
+        for burst in arena.bursts() {
+            let datagrams: Vec<_> = arena.bytes()[burst.start..burst.end].chunks(burst.segment).collect();
+            assert_eq!(datagrams.len(), burst.count);
+            assert!(burst.count <= 64 && burst.end - burst.start <= 65_507);
+            self.sent.extend(datagrams.into_iter().map(|datagram| (burst.to, datagram.to_vec())));
+        }
+    }
+
+    fn tell(&mut self, event: WorkerEvent) -> bool {
+        self.events.push(event);
+        true
+    }
+}
+
+struct Host {
+    worker: Worker,
+    tables: Forwarding,
+    counters: Arc<Counters>,
+    out: Out,
+}
+
+fn address(host: usize) -> SocketAddr {
+    format!("10.0.0.{host}:7471").parse().unwrap()
+}
+
+fn vni(value: u32) -> Vni {
+    Vni::new(value).unwrap()
+}
+
+fn mac(last: u8) -> MacAddr {
+    MacAddr([0x52, 0x54, 0, 0, 0, last])
+}
+
+/// `count` hosts with one port each in network 5, full mesh; slot of a peer = its number.
+fn hosts(count: usize, mtu: u16, max_datagram: u16) -> Vec<Host> {
+    (0..count).map(|me| host(me, count, mtu, max_datagram)).collect()
+}
+
+fn host(me: usize, count: usize, mtu: u16, max_datagram: u16) -> Host {
+    let others: Vec<_> = (0..count).filter(|&other| other != me).map(|other| PeerSlot(other as u16)).collect();
+    let port = |id, vni| Port {
+        id: PortId(id),
+        vni,
+        source: SourceRule::Learn,
+        gate: Gate::Open,
+        gateway: false,
+        traffic: Arc::default(),
+    };
+    let network = |ports| Network {
+        mtu,
+        ageing: Duration::from_secs(300),
+        ports,
+        peers: others.clone(),
+        owned: HashMap::new(),
+        fdb: Arc::new(Fdb::default()),
+    };
+    let peer = |other: usize| Peer {
+        host: format!("h{other}").parse().unwrap(),
+        address: address(other),
+        receiver: (other * 100 + me) as u32,
+        max_datagram,
+        networks: HashSet::from([vni(5)]),
+        traffic: Arc::default(),
+    };
+    let tables = Forwarding {
+        networks: HashMap::from([(vni(5), network(vec![PORT])), (vni(6), network(vec![PortSlot(1)]))]),
+        ports: vec![Some(port(1, vni(5))), Some(port(2, vni(6)))],
+        peers: (0..count).map(|other| (other != me).then(|| peer(other))).collect(),
+        by_receiver: others.iter().map(|other| ((me * 100 + usize::from(other.0)) as u32, *other)).collect(),
+    };
+    let counters = Arc::new(Counters::default());
+    Host { worker: Worker::new(counters.clone(), Arc::default()), tables, counters, out: Out::default() }
+}
+
+impl Host {
+    fn speak(&mut self, port: PortSlot, offload: Offload, frame: &[u8]) {
+        let mut bytes = frame.to_vec();
+        let mut frames = [Frame { offload: Ok(offload), bytes: &mut bytes }];
+        self.worker.outbound(NOW, &self.tables, port, &mut frames, &mut self.out);
+    }
+
+    fn hear(&mut self, from: SocketAddr, datagrams: &[Vec<u8>]) {
+        let mut merging = Merging::default();
+        for datagram in datagrams {
+            self.worker.inbound(NOW, &self.tables, from, datagram, &mut merging, &mut self.out);
+        }
+        self.worker.inbound_end(NOW, &self.tables, merging, &mut self.out);
+    }
+
+    fn network(&mut self) -> &mut Network {
+        self.tables.networks.get_mut(&vni(5)).unwrap()
+    }
+}
+
+/// Carries all datagrams to where they go, until none is under way. Returns how many there were.
+fn carry(hosts: &mut [Host]) -> usize {
+    let mut total = 0;
+    loop {
+        let mut moved = 0;
+        for from in 0..hosts.len() {
+            for (to, datagram) in std::mem::take(&mut hosts[from].out.sent) {
+                let to = (0..hosts.len()).find(|&host| address(host) == to).expect("datagrams go to hosts");
+                hosts[to].hear(address(from), &[datagram]);
+                moved += 1;
+            }
+        }
+        total += moved;
+        assert!(total < 10_000, "a loop");
+        if moved == 0 {
+            return total;
+        }
+    }
+}
+
+fn frame(to: MacAddr, from: MacAddr, len: usize) -> Vec<u8> {
+    let mut frame = [&to.0[..], &from.0[..], &[0x88, 0xb5]].concat();
+    frame.extend((0..len).map(|i| i as u8));
+    frame
+}
+
+fn tcp(payload: usize) -> (Offload, Vec<u8>) {
+    let mut frame = Vec::new();
+    let builder = etherparse::PacketBuilder::ethernet2(mac(1).0, mac(2).0).ipv4([10, 0, 0, 2], [10, 0, 0, 1], 64);
+    let bytes: Vec<u8> = (0..payload).map(|i| (i / 3) as u8).collect();
+    builder.tcp(5, 6, 1000, 4096).ack(77).psh().write(&mut frame, &bytes).unwrap();
+    let checksum = Some(Partial { start: 34, offset: 16 });
+    let offload = Offload { checksum, segmentation: Segmentation::Tcp4, segment_size: 1300, ecn: false, header_len: 54 };
+    (offload, frame)
+}
+
+/// TCP sequence number → payload byte, of everything delivered.
+fn stream(delivered: &[(PortSlot, Offload, Vec<u8>)]) -> HashMap<u32, u8> {
+    let mut bytes = HashMap::new();
+    for (_, offload, frame) in delivered {
+        let parsed = etherparse::SlicedPacket::from_ethernet(frame).unwrap();
+        let Some(etherparse::TransportSlice::Tcp(tcp)) = parsed.transport else { panic!("not TCP") };
+        assert!(offload.is_super() == (tcp.payload().len() > 1300), "marked as super-frame when it is one");
+        for (index, byte) in tcp.payload().iter().enumerate() {
+            assert!(bytes.insert(tcp.sequence_number() + index as u32, *byte).is_none(), "a byte came twice");
+        }
+    }
+    bytes
+}
+
+proptest! {
+    #[test]
+    fn a_super_frame_arrives_bit_exact(payload in 1301usize..60_000) {
+        let mut all = hosts(2, 1400, 1472);
+        let (offload, bytes) = tcp(payload);
+        all[0].speak(PORT, offload, &bytes);
+        let datagrams: Vec<_> = std::mem::take(&mut all[0].out.sent).into_iter().map(|(_, datagram)| datagram).collect();
+        prop_assert_eq!(datagrams.len(), payload.div_ceil(1300));
+        all[1].hear(address(0), &datagrams);
+
+        prop_assert_eq!(all[1].out.delivered.len(), 1);
+        let (_, got, got_bytes) = &all[1].out.delivered[0];
+        prop_assert_eq!(got, &offload);
+        prop_assert_eq!(got_bytes, &bytes);
+    }
+
+    #[test]
+    fn a_lost_datagram_costs_its_segment_only(payload in 2601usize..30_000, lost in any::<prop::sample::Index>()) {
+        let mut all = hosts(2, 1400, 1472);
+        let (offload, bytes) = tcp(payload);
+        all[0].speak(PORT, offload, &bytes);
+        let mut datagrams: Vec<_> = std::mem::take(&mut all[0].out.sent).into_iter().map(|(_, datagram)| datagram).collect();
+        let lost = lost.index(datagrams.len());
+        datagrams.remove(lost);
+        all[1].hear(address(0), &datagrams);
+
+        let got = stream(&all[1].out.delivered);
+        for (index, byte) in bytes[54..].iter().enumerate() {
+            let expected = (index / 1300 != lost).then_some(byte);
+            prop_assert_eq!(got.get(&(1000 + index as u32)), expected);
+        }
+    }
+
+    #[test]
+    fn jumbo_frames_cross_small_paths(len in 46usize..8986, room in 600u16..1500) {
+        let mut all = hosts(2, 9000, room);
+        let bytes = frame(mac(1), mac(2), len);
+        all[0].speak(PORT, Offload::default(), &bytes);
+        prop_assert!(all[0].out.sent.iter().all(|(_, datagram)| datagram.len() <= usize::from(room)));
+        carry(&mut all);
+        prop_assert_eq!(&all[1].out.delivered[0].2, &bytes);
+    }
+
+    #[test]
+    fn super_frames_with_segments_larger_than_the_path_cross_too(payload in 9000usize..40_000) {
+        let mut all = hosts(2, 9000, 1472);
+        let (offload, bytes) = tcp(payload);
+        all[0].speak(PORT, Offload { segment_size: 8000, ..offload }, &bytes);
+        carry(&mut all);
+        let mut got: Vec<_> = Vec::new();
+        for (_, _, frame) in &all[1].out.delivered {
+            got.extend_from_slice(&frame[54..]);
+        }
+        prop_assert_eq!(&got[..], &bytes[54..]);
+    }
+
+    #[test]
+    fn no_datagram_panics(datagrams in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..120), 0..50), head in any::<bool>()) {
+        let mut all = hosts(2, 1400, 1472);
+        let datagrams: Vec<_> = datagrams.into_iter().map(|mut bytes| {
+            if head && bytes.len() > 20 {
+                bytes[0] = 0x11;
+                bytes[4..8].copy_from_slice(&100u32.to_be_bytes());
+                bytes[16..19].copy_from_slice(&[0, 0, 5]);
+                bytes[19] &= 0x37;
+            }
+            bytes
+        }).collect();
+        all[1].hear(address(0), &datagrams);
+        let Host { worker, tables, .. } = &mut all[1];
+        worker.tick(NOW + Duration::from_secs(1), tables);
+    }
+}
+
+#[test]
+fn unknown_unicast_floods_once_to_each_place_and_learned_goes_to_one() {
+    let mut all = hosts(3, 1400, 1472);
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
+    assert_eq!(carry(&mut all), 2);
+    assert_eq!([0, 1, 2].map(|host: usize| all[host].out.delivered.len()), [0, 1, 1]);
+
+    all[1].speak(PORT, Offload::default(), &frame(mac(1), mac(2), 50));
+    assert_eq!(carry(&mut all), 1);
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
+    assert_eq!(carry(&mut all), 1);
+    assert_eq!([0, 1, 2].map(|host: usize| all[host].out.delivered.len()), [1, 2, 1]);
+}
+
+#[test]
+fn a_flood_reaches_no_other_network() {
+    let mut all = hosts(2, 1400, 1472);
+    all[0].speak(PORT, Offload::default(), &frame(MacAddr::BROADCAST, mac(1), 50));
+    carry(&mut all);
+    assert!(all.iter().all(|host| host.out.delivered.iter().all(|(slot, _, _)| *slot == PORT)));
+
+    // Network 6 is carried by both, but the peer may not carry it.
+    all[0].speak(PortSlot(1), Offload::default(), &frame(MacAddr::BROADCAST, mac(1), 50));
+    carry(&mut all);
+    assert_eq!(all[1].out.delivered.len(), 1);
+    assert_eq!(all[1].counters.drops.of(DropReason::ForeignNetwork), 1);
+}
+
+#[test]
+fn a_stranger_is_refused_by_index_and_by_address() {
+    let mut all = hosts(2, 1400, 1472);
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
+    let (_, datagram) = all[0].out.sent.remove(0);
+    all[1].hear("10.0.0.66:7471".parse().unwrap(), std::slice::from_ref(&datagram));
+    let mut forged = datagram.clone();
+    forged[7] ^= 1;
+    all[1].hear(address(0), &[forged]);
+
+    assert!(all[1].out.delivered.is_empty());
+    assert_eq!(all[1].counters.drops.of(DropReason::WrongAddress), 1);
+    assert_eq!(all[1].counters.drops.of(DropReason::UnknownReceiver), 1);
+}
+
+#[test]
+fn what_came_from_a_tunnel_never_enters_one() {
+    let mut all = hosts(3, 1400, 1472);
+    all[1].network().fdb.learn(NOW, 0, mac(9), Place::Peer(PeerSlot(2)));
+    all[0].network().fdb.learn(NOW, 0, mac(9), Place::Peer(PeerSlot(1)));
+    all[0].speak(PORT, Offload::default(), &frame(mac(9), mac(1), 50));
+    assert_eq!(carry(&mut all), 1);
+    assert_eq!(all[1].counters.drops.of(DropReason::SplitHorizon), 1);
+}
+
+#[test]
+fn a_late_frame_is_forwarded_once_and_crossing_moves_make_no_loop() {
+    let mut all = hosts(3, 1400, 1472);
+    let owned = |at| Owned { at: Place::Peer(PeerSlot(at)), arriving: None, forward_late: true };
+    all[0].network().owned.insert(mac(9), owned(1));
+    all[1].network().owned.insert(mac(9), owned(2));
+    all[2].network().owned.insert(mac(9), owned(1));
+    all[0].speak(PORT, Offload::default(), &frame(mac(9), mac(1), 50));
+
+    assert_eq!(carry(&mut all), 2);
+
+    assert_eq!(all[2].counters.drops.of(DropReason::SplitHorizon), 1);
+    assert!(all[2].network().fdb.is_empty(), "a marked frame taught something");
+
+    all[2].network().owned.insert(mac(9), Owned { at: Place::Peer(PeerSlot(1)), arriving: Some(PORT), forward_late: false });
+    let (offload, bytes) = tcp(5000);
+    let bytes = [&mac(9).0[..], &bytes[6..]].concat();
+    all[0].speak(PORT, offload, &bytes);
+    carry(&mut all);
+    let got: Vec<u8> = all[2].out.delivered.iter().flat_map(|(_, _, frame)| frame[54..].to_vec()).collect();
+    assert_eq!(got, bytes[54..], "a late super-frame arrives whole");
+}
+
+#[test]
+fn an_owned_mac_cannot_be_stolen_or_relearned() {
+    let mut all = hosts(2, 1400, 1472);
+    all[0].network().owned.insert(mac(9), Owned { at: Place::Peer(PeerSlot(1)), arriving: None, forward_late: false });
+    for _ in 0..3 {
+        all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(9), 50));
+    }
+    assert_eq!(carry(&mut all), 0);
+    assert_eq!(all[0].out.events, [WorkerEvent::Stolen { vni: vni(5), mac: mac(9), port: PORT }]);
+    assert_eq!(all[0].counters.drops.of(DropReason::StolenMac), 3);
+    assert!(all[0].network().fdb.is_empty());
+}
+
+#[test]
+fn odd_frames_are_refused_by_name() {
+    let mut all = hosts(2, 1400, 1472);
+    let mut refused = |bytes: &[u8], reason| {
+        all[0].speak(PORT, Offload::default(), bytes);
+        assert_eq!(all[0].counters.drops.of(reason), 1, "{reason:?}");
+    };
+    refused(&[0; 13], DropReason::Runt);
+    refused(&frame(mac(1), MacAddr([1, 0, 0, 0, 0, 1]), 50), DropReason::BadSource);
+    refused(&frame(MacAddr([1, 0x80, 0xc2, 0, 0, 3]), mac(1), 50), DropReason::LinkLocal);
+    refused(&frame(mac(2), mac(1), 1401), DropReason::TooBig);
+    assert_eq!(carry(&mut all), 0);
+}
+
+#[test]
+fn what_is_said_on_hold_leaves_in_order_when_the_gate_opens() {
+    let mut all = hosts(2, 1400, 1472);
+    all[0].tables.ports[0].as_mut().unwrap().gate = Gate::Hold;
+    for len in [50, 60, 70] {
+        all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), len));
+    }
+    assert_eq!(carry(&mut all), 0);
+
+    all[0].tables.ports[0].as_mut().unwrap().gate = Gate::Open;
+    let Host { worker, tables, out, .. } = &mut all[0];
+    worker.tables_changed(NOW, tables, out);
+    carry(&mut all);
+    assert_eq!(all[1].out.delivered.iter().map(|(_, _, frame)| frame.len()).collect::<Vec<_>>(), [64, 74, 84]);
+
+    all[0].tables.ports[0].as_mut().unwrap().gate = Gate::Hold;
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
+    all[0].tables.ports[0].as_mut().unwrap().gate = Gate::Closed;
+    let Host { worker, tables, out, .. } = &mut all[0];
+    worker.tables_changed(NOW, tables, out);
+    assert_eq!((carry(&mut all), all[0].counters.drops.of(DropReason::GateClosed)), (0, 1));
+}
