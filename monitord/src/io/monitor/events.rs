@@ -1,0 +1,182 @@
+//! What the hypervisor tells, and what the switch is told of it at once.
+
+use super::{Monitor, Vm, lock};
+use crate::hypervisor::{Change, HypervisorEvent};
+use crate::io::switch::SwitchError;
+use crate::io::{clock, proc};
+use crate::transaction::{Fabric, Standing, on_change};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant as Clock};
+use violin_common::VmId;
+use violin_common::api::switch::{MoveState, SwitchRequest};
+use violin_common::control::monitor::{VmSeen, VmState};
+
+/// How long the switch is asked again when it cannot be reached: a restart of it takes less.
+const TELL_LIMIT: Duration = Duration::from_secs(10);
+/// How long the first frame read after an arrival is waited for.
+pub(super) const READ_LIMIT: Duration = Duration::from_secs(3);
+/// How often the interface's counter is read meanwhile; it is the resolution of that figure.
+const READ_LOOK: Duration = Duration::from_millis(1);
+
+impl Monitor {
+    /// Handles events in order for each VM, different VMs side by side: a move must not wait for another's.
+    pub(super) fn follow_events(self: &Arc<Self>) {
+        let Some(events) = self.hypervisor.events() else {
+            tracing::error!("the driver's events were taken already");
+            return;
+        };
+        let monitor = Arc::clone(self);
+        std::thread::spawn(move || {
+            let mut queues: HashMap<VmId, Sender<HypervisorEvent>> = HashMap::new();
+            for event in events {
+                let queue = queues.entry(event.vm.clone()).or_insert_with(|| {
+                    let (queue, own) = channel::<HypervisorEvent>();
+                    let monitor = Arc::clone(&monitor);
+                    std::thread::spawn(move || own.into_iter().for_each(|event| monitor.on_event(&event)));
+                    queue
+                });
+                // Its thread ends only with this one.
+                let _ = queue.send(event);
+            }
+        });
+    }
+
+    fn on_event(self: &Arc<Self>, event: &HypervisorEvent) {
+        let vm = &event.vm;
+        let Some(known) = lock(&self.vms).get(vm).cloned() else {
+            tracing::debug!(vm = %vm, change = ?event.change, "event of a VM not known here");
+            return;
+        };
+        tracing::info!(vm = %vm, change = ?event.change, standing = ?known.record.standing, "hypervisor");
+        let told = on_change(&known.record.standing, event.change);
+        // Before the switch lets held frames through.
+        let read = packets_read(&known);
+        if let Some(fabric) = told {
+            self.tell_fabric(&known, fabric);
+        }
+        match (&known.record.standing, event.change) {
+            (Standing::Arriving { .. }, Change::Running) => {
+                self.change(vm, |vm| vm.arrival.resumed = Some(event.at));
+                self.await_first_read(vm, read);
+                self.settle_arrival(vm);
+            }
+            (Standing::Here, Change::Ended) => {
+                // On a thread of its own: a command at work on this VM may be what ended it, and is waited for.
+                let (monitor, vm) = (Arc::clone(self), vm.clone());
+                std::thread::spawn(move || monitor.alone(&vm, || monitor.ended(&vm)));
+            }
+            // The commands that move it say what becomes of it.
+            (Standing::Arriving { .. }, _) | (Standing::Leaving { .. }, Change::Ended) => {}
+            (_, Change::Stopped) => {
+                self.change(vm, |vm| {
+                    vm.stopped = Some(event.at);
+                    vm.state = VmState::Paused;
+                });
+            }
+            (_, Change::Running) => {
+                self.change(vm, |vm| {
+                    if vm.state == VmState::Paused {
+                        vm.state = if vm.record.ready { VmState::Running } else { VmState::Booting };
+                    }
+                });
+            }
+        }
+    }
+
+    /// Tells the switch, again and again while it cannot be reached. What it refuses is said: it is asked about the move's
+    /// end by the command under way.
+    pub(super) fn tell_fabric(&self, vm: &Vm, fabric: Fabric) {
+        let (vni, mac) = (vm.record.spec.network.vni, vm.record.spec.mac);
+        let request = match fabric {
+            Fabric::Stopped => SwitchRequest::MoveStopped { vni, mac },
+            Fabric::Running => SwitchRequest::MoveRunning { vni, mac },
+        };
+        let deadline = Clock::now() + TELL_LIMIT;
+        loop {
+            match self.switch.tell(&request) {
+                Err(SwitchError::Unreachable { .. }) if Clock::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(error) => {
+                    tracing::warn!(vm = %vm.record.spec.vm, ?fabric, %error, "telling the switch");
+                    return;
+                }
+                Ok(()) => return,
+            }
+        }
+    }
+
+    /// Waits until this switch owns the arrived VM's MAC, then knows the VM as running here.
+    pub(super) fn settle_arrival(&self, vm: &VmId) {
+        let deadline = Clock::now() + TELL_LIMIT;
+        let Some(known) = lock(&self.vms).get(vm).cloned() else { return };
+        let spec = &known.record.spec;
+        loop {
+            let status = self.switch.move_status(spec.network.vni, spec.mac);
+            let owned = status.as_ref().is_ok_and(|seen| seen.state == MoveState::Owned);
+            if owned || Clock::now() > deadline {
+                if !owned {
+                    tracing::error!(vm = %vm, ?status, "the VM runs here, but the switch does not own its MAC");
+                }
+                self.change(vm, |vm| {
+                    vm.record.standing = Standing::Here;
+                    vm.state = if vm.record.ready { VmState::Running } else { VmState::Booting };
+                    if let Ok(seen) = status {
+                        vm.record.epoch = Some(seen.epoch);
+                        vm.arrival.fabric = Some(seen);
+                    }
+                    vm.owned = owned;
+                });
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Notes when more than `before` frames have been read, on a thread of its own: further events must not wait for it.
+    fn await_first_read(self: &Arc<Self>, vm: &VmId, before: u64) {
+        let Some(known) = lock(&self.vms).get(vm).cloned() else { return };
+        let monitor = Arc::clone(self);
+        std::thread::spawn(move || {
+            let vm = &known.record.spec.vm;
+            let deadline = Clock::now() + READ_LIMIT;
+            while Clock::now() < deadline {
+                if packets_read(&known) > before {
+                    let at = clock::now();
+                    monitor.change(vm, |vm| vm.arrival.first_read = Some(at));
+                    return;
+                }
+                std::thread::sleep(READ_LOOK);
+            }
+            tracing::info!(vm = %vm, "nothing was sent to the VM in the first seconds after its arrival");
+        });
+    }
+
+    /// Clears away a VM that ended by itself, unless it is known no more or runs again.
+    fn ended(&self, vm: &VmId) {
+        if lock(&self.vms).get(vm).is_none_or(|known| known.record.standing != Standing::Here) {
+            return;
+        }
+        let list = self.hypervisor.list().unwrap_or_default();
+        if list.iter().any(|seen| &seen.vm == vm && seen.state != VmState::Stopped) {
+            return;
+        }
+        tracing::warn!(vm = %vm, "ended by itself");
+        let removed = self.switch.remove_ports(vm).map_err(|error| error.to_string());
+        let removed = removed.and_then(|()| self.hypervisor.stop(vm).map_err(|error| error.to_string()));
+        if let Err(error) = removed.and_then(|()| self.remove_interface(vm)) {
+            tracing::warn!(vm = %vm, %error, "clearing away a VM that ended");
+        }
+        self.forget(vm);
+        self.set_quota();
+        self.report(VmSeen { vm: vm.clone(), state: VmState::Stopped, leaving: false });
+    }
+}
+
+/// Frames taken from the host's end of the VM's interface. Of a TAP: what QEMU has read for the guest. Of a sandbox guest's
+/// veth: what the kernel has put into the guest's namespace.
+fn packets_read(vm: &Vm) -> u64 {
+    proc::transmitted(&vm.record.interface).unwrap_or(0)
+}

@@ -1,0 +1,153 @@
+//! Finding back: to the VMs after the monitor was restarted, to the ports after the switch was.
+
+use super::{Monitor, Vm, lock};
+use crate::io::record::Record;
+use crate::transaction::{Fabric, Standing};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use violin_common::VmId;
+use violin_common::api::switch::{MoveState, PortSeen, SwitchRequest};
+use violin_common::control::monitor::VmState;
+
+/// How often an unreachable hypervisor or switch is tried again.
+const AGAIN: Duration = Duration::from_millis(500);
+
+impl Monitor {
+    /// Knows again every VM of which there is a record, and puts right what a kill left half done.
+    ///
+    /// The hypervisor says which VMs run; the record says what they are; the switch how far a move had come. What needs the
+    /// hypervisor or the switch is done on a thread, again until both answer, so that a start needs neither of them.
+    pub(super) fn take_up(self: &Arc<Self>) {
+        let records = match self.records.read_all() {
+            Ok(records) => records,
+            Err(error) => {
+                tracing::error!(%error, "no records could be read; VMs running here are listed but not served");
+                return;
+            }
+        };
+        for record in records {
+            let state = match record.standing {
+                Standing::Arriving { .. } => VmState::Arriving,
+                _ if record.ready => VmState::Running,
+                _ => VmState::Booting,
+            };
+            let mut vm = Vm::new(record, state);
+            vm.booting = (state == VmState::Booting).then(std::time::Instant::now);
+            lock(&self.vms).insert(vm.record.spec.vm.clone(), vm);
+        }
+        self.watch_boots();
+        let monitor = Arc::clone(self);
+        std::thread::spawn(move || {
+            let left: Vec<_> = lock(&monitor.vms).values().map(|vm| vm.record.clone()).collect();
+            for record in left {
+                let vm = record.spec.vm.clone();
+                // Commands for this VM wait until it is put right.
+                monitor.alone(&vm, || {
+                    while let Err(error) = monitor.put_right(&record) {
+                        tracing::warn!(vm = %vm, %error, "taking up a VM; trying again");
+                        std::thread::sleep(AGAIN);
+                    }
+                });
+            }
+        });
+    }
+
+    fn put_right(&self, record: &Record) -> Result<(), String> {
+        let vm = &record.spec.vm;
+        let list = self.hypervisor.list().map_err(|error| error.to_string())?;
+        let seen = list.into_iter().find(|seen| &seen.vm == vm && seen.state != VmState::Stopped);
+        let ports = self.switch.ports().map_err(|error| error.to_string())?;
+        let port = port_of(&ports, vm);
+        let state = port.and_then(|port| port.state);
+        tracing::info!(vm = %vm, standing = ?record.standing, hypervisor = ?seen, ?state, "taking up");
+        let Some(known) = lock(&self.vms).get(vm).cloned() else { return Ok(()) };
+        self.change(vm, |vm| vm.attached = port.is_some());
+        match (seen, &record.standing) {
+            (None, Standing::Leaving { .. }) => {
+                self.tell_fabric(&known, Fabric::Stopped);
+                let gone = self.await_fabric(&known, |seen| matches!(seen.state, MoveState::Gone | MoveState::Elsewhere));
+                tracing::info!(vm = %vm, fabric = ?gone, "moved away while no monitor ran");
+                self.leave(vm);
+            }
+            (None, Standing::Arriving { .. }) => {
+                // What was prepared is gone with the monitor: the manager prepares anew or gives up.
+                let _ = self.hypervisor.cancel_incoming(vm);
+                let (vni, mac) = (record.spec.network.vni, record.spec.mac);
+                let _ = self.switch.tell(&SwitchRequest::MoveAbort { vni, mac });
+                self.leave(vm);
+            }
+            (None, Standing::Here) => {
+                tracing::warn!(vm = %vm, "ended while no monitor ran");
+                self.stop(vm)?;
+            }
+            (Some(seen), Standing::Leaving { .. }) if seen.leaving => {
+                // The hypervisor carries the move on by itself; it is over when the VM is no longer here, or stays.
+                self.attach_if_lost(record, port)?;
+                return Err("its move is still under way".into());
+            }
+            (Some(_), Standing::Leaving { .. }) => {
+                self.attach_if_lost(record, port)?;
+                self.change(vm, |vm| vm.stopped = Some(crate::io::clock::now()));
+                let words = self.stays(&known, "the move was cut short");
+                tracing::warn!(vm = %vm, %words, "taken up");
+            }
+            (Some(seen), Standing::Arriving { .. }) if seen.state == VmState::Running => {
+                self.attach_if_lost(record, port)?;
+                self.tell_fabric(&known, Fabric::Running);
+                self.settle_arrival(vm);
+            }
+            (Some(_), Standing::Arriving { .. }) => self.resume_wait(record),
+            (Some(_), Standing::Here) => self.attach_if_lost(record, port)?,
+        }
+        Ok(())
+    }
+
+    /// Makes ready again for a VM that is still on its way.
+    fn resume_wait(&self, record: &Record) {
+        if let Err(error) = self.hypervisor.prepare_incoming(&record.spec, &record.interface, None) {
+            tracing::debug!(vm = %record.spec.vm, %error, "the driver goes on with the arrival by itself");
+        }
+    }
+
+    fn attach_if_lost(&self, record: &Record, port: Option<&PortSeen>) -> Result<(), String> {
+        if port.is_some() { Ok(()) } else { self.attach(record) }
+    }
+
+    /// Gives a restarted switch its networks and ports back, with the epochs known here: they claim before they speak.
+    pub(super) fn heal(&self, ports: &[PortSeen]) {
+        let lost: Vec<Record> = lock(&self.vms)
+            .values()
+            .filter(|vm| vm.attached && port_of(ports, &vm.record.spec.vm).is_none())
+            .map(|vm| vm.record.clone())
+            .collect();
+        for record in lost {
+            let vm = &record.spec.vm;
+            let mutex = Arc::clone(lock(&self.locks).entry(vm.clone()).or_default());
+            // A command at work on this VM knows better what its port should be.
+            let Ok(_guard) = mutex.try_lock() else { continue };
+            if lock(&self.vms).get(vm).map(|known| &known.record) != Some(&record) {
+                continue;
+            }
+            // The list may be older than the port.
+            if self.switch.ports().map_or(true, |ports| port_of(&ports, vm).is_some()) {
+                continue;
+            }
+            tracing::warn!(vm = %vm, epoch = ?record.epoch, "the switch has lost this VM's port; making it again");
+            if let Err(error) = self.attach(&record) {
+                tracing::warn!(vm = %vm, %error, "making the port again; trying again next time");
+            }
+        }
+        self.accesses.heal(ports);
+    }
+}
+
+/// A VM's port in a list.
+pub(super) fn port_of<'a>(ports: &'a [PortSeen], vm: &VmId) -> Option<&'a PortSeen> {
+    ports.iter().find(|port| port.spec.owned.as_ref().is_some_and(|owned| &owned.vm == vm))
+}
+
+/// Ports by VM.
+pub(super) fn by_vm(ports: &[PortSeen]) -> BTreeMap<&VmId, &PortSeen> {
+    ports.iter().filter_map(|port| Some((&port.spec.owned.as_ref()?.vm, port))).collect()
+}

@@ -1,0 +1,172 @@
+//! Starting and ending a VM.
+
+use super::{Monitor, Trouble, Vm};
+use crate::hypervisor::ImageFiles;
+use crate::io::record::Record;
+use crate::transaction::{Made, Part, Standing};
+use std::io::{Read, Seek, SeekFrom};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant as Clock};
+use violin_common::control::monitor::{Answer, VmSeen, VmSpec, VmState};
+use violin_common::{Epoch, VmId};
+
+/// Line by which a guest says that it is up.
+const READY: &str = "violin-guest: ready";
+/// How often a booting guest's console is read.
+const LOOK: Duration = Duration::from_millis(100);
+/// A guest not up by then no longer holds the quota off the whole host.
+pub(super) const BOOT_LIMIT: Duration = Duration::from_secs(180);
+
+impl Monitor {
+    pub(super) fn start(
+        &self,
+        spec: &VmSpec,
+        epoch: Epoch,
+        sources: &[SocketAddr],
+        progress: &mut dyn FnMut(Answer),
+    ) -> Result<(), Trouble> {
+        let vm = &spec.vm;
+        let known = super::lock(&self.vms).get(vm).map(|known| known.record.standing.clone());
+        let seen = self.list()?.into_iter().find(|seen| &seen.vm == vm && seen.state != VmState::Stopped);
+        match (known, seen) {
+            (Some(Standing::Here), Some(_)) => return Ok(()),
+            (Some(standing), Some(_)) => return Err(format!("{vm} is {standing:?} on this host; end that first")),
+            _ => {}
+        }
+        let mut made = Made::default();
+        self.make(spec, epoch, sources, progress, &mut made).map_err(|words| self.undo(vm, made, &words))
+    }
+
+    fn make(
+        &self,
+        spec: &VmSpec,
+        epoch: Epoch,
+        sources: &[SocketAddr],
+        progress: &mut dyn FnMut(Answer),
+        made: &mut Made,
+    ) -> Result<(), Trouble> {
+        let image = self.image(spec, sources, progress)?;
+        made.begin(Part::Interface);
+        let interface = self.hypervisor.make_interface(spec, false).map_err(|error| error.to_string())?;
+        let record = Record {
+            spec: spec.clone(),
+            interface: interface.clone(),
+            epoch: Some(epoch),
+            ready: false,
+            standing: Standing::Here,
+        };
+        let mut known = Vm::new(record.clone(), VmState::Booting);
+        known.booting = Some(Clock::now());
+        made.begin(Part::Guest);
+        self.remember(known)?;
+        made.begin(Part::Port);
+        self.attach(&record)?;
+        // Boot code measures time: behind a full quota it takes minutes, or hangs.
+        self.set_quota();
+        progress(Answer::Progress { part: None, doing: "starting".into() });
+        self.hypervisor.start(spec, &interface, image.as_ref()).map_err(|error| error.to_string())
+    }
+
+    /// Finds the VM's image here or fetches it.
+    pub(super) fn image(
+        &self,
+        spec: &VmSpec,
+        sources: &[SocketAddr],
+        progress: &mut dyn FnMut(Answer),
+    ) -> Result<Option<ImageFiles>, Trouble> {
+        let Some(digest) = &spec.image else { return Ok(None) };
+        let mut tell = |part, doing: String| progress(Answer::Progress { part, doing });
+        self.images.ensure(digest, sources, &mut tell).map(Some).map_err(|error| error.to_string())
+    }
+
+    /// Undoes what a command made; returns why, and what could not be undone.
+    pub(super) fn undo(&self, vm: &VmId, made: Made, why: &str) -> Trouble {
+        let mut left = Vec::new();
+        for part in made.undo() {
+            let undone = match part {
+                Part::Interface => self.remove_interface(vm),
+                Part::Port => self.switch.remove_ports(vm).map_err(|error| error.to_string()),
+                Part::Incoming => self.hypervisor.cancel_incoming(vm).map_err(|error| error.to_string()),
+                Part::Guest => {
+                    let stopped = self.hypervisor.stop(vm).map_err(|error| error.to_string());
+                    self.forget(vm);
+                    stopped
+                }
+            };
+            if let Err(error) = undone {
+                left.push(format!("{part:?}: {error}"));
+            }
+        }
+        self.forget(vm);
+        self.set_quota();
+        if left.is_empty() { format!("{why}; all undone") } else { format!("{why}; not undone: {}", left.join("; ")) }
+    }
+
+    pub(super) fn stop(&self, vm: &VmId) -> Result<(), Trouble> {
+        let mut troubles = Vec::new();
+        let mut note = |result: Result<(), Trouble>| troubles.extend(result.err());
+        note(self.hypervisor.stop(vm).map_err(|error| error.to_string()));
+        note(self.switch.remove_ports(vm).map_err(|error| error.to_string()));
+        note(self.remove_interface(vm));
+        if troubles.is_empty() {
+            let was_known = super::lock(&self.vms).contains_key(vm);
+            self.forget(vm);
+            self.set_quota();
+            if was_known {
+                self.report(VmSeen { vm: vm.clone(), state: VmState::Stopped, leaving: false });
+            }
+            Ok(())
+        } else {
+            Err(troubles.join("; "))
+        }
+    }
+
+    /// Watches the consoles of booting guests.
+    pub(super) fn watch_boots(self: &Arc<Self>) {
+        let monitor = Arc::downgrade(self);
+        std::thread::spawn(move || {
+            while let Some(monitor) = monitor.upgrade() {
+                monitor.look_at_boots();
+                drop(monitor);
+                std::thread::sleep(LOOK);
+            }
+        });
+    }
+
+    fn look_at_boots(&self) {
+        let booting: Vec<VmId> = super::lock(&self.vms)
+            .values()
+            .filter(|vm| vm.state == VmState::Booting)
+            .map(|vm| vm.record.spec.vm.clone())
+            .collect();
+        for vm in booting {
+            if is_ready(&self.hypervisor.console(&vm)) {
+                tracing::info!(vm = %vm, "guest is up");
+                self.change(&vm, |vm| {
+                    vm.record.ready = true;
+                    vm.booting = None;
+                    // Not one that was stopped or moved between the look and now.
+                    if vm.state == VmState::Booting {
+                        vm.state = VmState::Running;
+                    }
+                });
+            }
+        }
+        self.set_quota();
+    }
+}
+
+/// Whether the guest whose console this is has said that it is up. Reads the last 256 KiB: a guest says it early.
+pub(super) fn is_ready(console: &Path) -> bool {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = std::fs::File::open(console)?;
+        let len = file.metadata()?.len();
+        file.seek(SeekFrom::Start(len.saturating_sub(256 << 10)))?;
+        let mut bytes = Vec::new();
+        file.take(256 << 10).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    read().is_ok_and(|bytes| String::from_utf8_lossy(&bytes).lines().any(|line| line.trim_end().ends_with(READY)))
+}

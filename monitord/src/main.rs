@@ -1,0 +1,39 @@
+//! `monitord`: the monitor of one host.
+
+use anyhow::Context;
+use clap::Parser;
+use std::path::PathBuf;
+use tracing_subscriber::EnvFilter;
+use violin_common::config::monitor::MonitorConfig;
+
+/// Samples this host's guests, drives its hypervisor, speaks to its switch.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Configuration file; configs/monitord.example.toml shows every key.
+    #[arg(long, default_value = "/etc/violin/monitord.toml")]
+    config: PathBuf,
+    /// Reads and checks the configuration and the files it names, then ends.
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    let path = arguments.config.display();
+    let text = std::fs::read_to_string(&arguments.config).with_context(|| format!("reading {path}"))?;
+    let config = MonitorConfig::parse(&text).with_context(|| format!("in {path}"))?;
+    if arguments.check {
+        monitord::io::run::check(&config)?;
+        println!("{path} is fine");
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let result = runtime.block_on(monitord::io::run::run(config));
+    // Threads at work on commands must not hold up the end.
+    runtime.shutdown_background();
+    result
+}
