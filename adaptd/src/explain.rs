@@ -1,0 +1,87 @@
+//! Why a VM is where it is, in words, from the journal's state alone.
+
+use crate::policy::Refusal;
+use crate::records::State;
+use std::fmt::Write as _;
+use std::time::Duration;
+use violin_common::api::adapt::{Migration, Outcome};
+use violin_common::{Instant, VmId};
+
+/// Why `vm` is where it is. Errors: there is no such VM.
+pub fn why(state: &State, vm: &VmId, refusals: &[Refusal], now: Instant) -> Result<String, String> {
+    let Some(known) = state.vms.get(vm) else {
+        let all = state.vms.keys().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        return Err(format!("got VM {vm}, want one of: {}", if all.is_empty() { "(there is none)" } else { &all }));
+    };
+    let mut text = format!("{vm} is on {}.\n", known.host);
+    let moves: Vec<&Migration> = state.migrations.values().filter(|migration| migration.vm == *vm).collect();
+    let environment = state.environments.get(&known.environment);
+    if let Some(first) = environment.and_then(|environment| environment.stored.placement.get(vm)) {
+        let _ = writeln!(text, "It was started on {first} when {} came up.", known.environment);
+    }
+    if moves.is_empty() {
+        text.push_str("It was never moved.\n");
+    }
+    for migration in moves.iter().rev().take(5).rev() {
+        tell(&mut text, migration, now);
+    }
+    let name = vm.as_str();
+    let last = state.decisions.iter().rev().filter(|decision| decision.refusals.iter().any(|words| mentions(words, name)));
+    for decision in last.take(1) {
+        let _ = writeln!(text, "Decision {} ({} ago) refused:", decision.number, ago(now, decision.at));
+        for words in decision.refusals.iter().filter(|words| mentions(words, name)).take(5) {
+            let _ = writeln!(text, "  {words}");
+        }
+    }
+    let current: Vec<_> = refusals.iter().map(ToString::to_string).filter(|words| mentions(words, name)).collect();
+    if !current.is_empty() {
+        text.push_str("The last cycle refused:\n");
+        for words in current.iter().take(5) {
+            let _ = writeln!(text, "  {words}");
+        }
+    }
+    Ok(text)
+}
+
+fn tell(text: &mut String, migration: &Migration, now: Instant) {
+    let gang = migration.gang.as_ref().map_or_else(String::new, |gang| format!(" with the compute nodes of {gang}"));
+    let by = migration.decision.map_or_else(|| "an operator".into(), |number| format!("decision {number}"));
+    let how = match &migration.outcome {
+        Outcome::Running => "is under way".into(),
+        Outcome::Done => "done".into(),
+        Outcome::Undone(why) => format!("undone: {why}"),
+    };
+    let _ = writeln!(
+        text,
+        "Move {} ({} ago), {} to {}{gang}, wanted by {by}, {how}.\n  Why: {}.",
+        migration.number,
+        ago(now, migration.ended.unwrap_or(migration.announced)),
+        migration.from,
+        migration.to,
+        migration.reason,
+    );
+    for term in &migration.terms {
+        let _ = writeln!(text, "  {}: {:.3} → {:.3} {}", term.name, term.before, term.after, term.unit);
+    }
+}
+
+fn ago(now: Instant, then: Instant) -> String {
+    format!("{:?}", Duration::from_secs(now.since(then).as_secs()))
+}
+
+/// Whether a text names a VM, and not one whose name merely begins alike.
+fn mentions(text: &str, name: &str) -> bool {
+    let part = |c: char| !(c.is_ascii_alphanumeric() || c == '-');
+    text.split(part).any(|word| word == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_not_found_inside_a_longer_one() {
+        assert!(mentions("alpha-c1 from h1 to h2: no", "alpha-c1"));
+        assert!(!mentions("alpha-c11 from h1", "alpha-c1"));
+    }
+}

@@ -1,0 +1,267 @@
+//! Environments: up as one unit or not at all, down, and the door into one.
+
+use crate::io::monitors::ask;
+use crate::io::world::Shared;
+use crate::io::{clock, keys};
+use crate::place::place;
+use crate::records::{Life, RecordV1, StoredEnvironment};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use violin_common::api::adapt::AdaptReply;
+use violin_common::config::environment::EnvironmentSpec;
+use violin_common::control::monitor::{Answer, Command, ImageDigest, Role, VmSpec, VmState};
+use violin_common::{EnvironmentId, HostId, VmId};
+
+const SHORT: Duration = Duration::from_secs(60);
+
+/// Where progress in words goes: to the log, and to whoever asked.
+#[derive(Debug, Clone, Default)]
+pub struct Words(pub Option<tokio::sync::mpsc::UnboundedSender<String>>);
+
+impl Words {
+    fn say(&self, words: String) {
+        tracing::info!("{words}");
+        if let Some(asker) = &self.0 {
+            let _ = asker.send(words);
+        }
+    }
+}
+
+/// Starts an environment; undone as a whole if any VM is not ready in time.
+pub async fn up(
+    shared: &Arc<Shared>,
+    spec: EnvironmentSpec,
+    placement: BTreeMap<String, HostId>,
+    image: Option<ImageDigest>,
+    words: &Words,
+) -> Result<(), String> {
+    let name = spec.name.clone();
+    admit(shared, &spec, &placement)?;
+    let pair = keys::generate(&shared.config.socket, &name).await.map_err(|error| format!("{error:#}"))?;
+    keys::store(&shared.config.socket, &name, &pair).map_err(|error| format!("{error:#}"))?;
+    let starts = {
+        // Admitted again under the lock: another environment may have come meanwhile.
+        let placed = admit(shared, &spec, &placement)?;
+        let mut world = shared.world();
+        if world.state.environments.contains_key(&name) {
+            return Err(format!("environment {name} is being started already"));
+        }
+        let stored = StoredEnvironment { spec, home: placed.home, image, placement: placed.hosts, keys: pair };
+        shared.record(&mut world, RecordV1::EnvironmentBegins(Box::new(stored)))?;
+        let specs: Vec<(VmSpec, HostId)> = world
+            .state
+            .vms
+            .values()
+            .filter(|known| known.environment == name)
+            .map(|known| (known.spec.clone(), known.host.clone()))
+            .collect();
+        let mut starts = Vec::new();
+        for (spec, host) in specs {
+            let epoch = world.state.next_epoch(&spec);
+            shared.record(&mut world, RecordV1::VmStarts { vm: spec.vm.clone(), epoch })?;
+            world.seen.remove(&spec.vm);
+            world.observer.forget(&spec.vm);
+            let image_sources = world.image_sources(spec.image.as_ref(), &host);
+            starts.push((host, Command::Start { spec, epoch, image_sources }));
+        }
+        starts
+    };
+    match start_all(shared, &name, starts, words).await {
+        Ok(()) => {
+            let mut world = shared.world();
+            shared.record(&mut world, RecordV1::EnvironmentReady(name.clone()))?;
+            drop(world);
+            shared.changed();
+            Ok(())
+        }
+        Err(why) => {
+            words.say(format!("{why}; ending what was started of {name}"));
+            match down(shared, &name, words).await {
+                Ok(()) => Err(format!("{why}; everything started of {name} was ended")),
+                Err(left) => Err(format!("{why}; ending {name} failed too: {left}")),
+            }
+        }
+    }
+}
+
+fn admit(shared: &Shared, spec: &EnvironmentSpec, placement: &BTreeMap<String, HostId>) -> Result<crate::place::Placed, String> {
+    let world = shared.world();
+    let taken = world.state.environments.iter().map(|(name, known)| (name.clone(), known.stored.spec.network.vni)).collect();
+    let snapshot = world.snapshot(clock::now(), &shared.config);
+    place(&snapshot, &taken, spec, placement).map_err(|refusal| refusal.to_string())
+}
+
+async fn start_all(
+    shared: &Arc<Shared>,
+    name: &EnvironmentId,
+    starts: Vec<(HostId, Command)>,
+    words: &Words,
+) -> Result<(), String> {
+    let deadline = tokio::time::Instant::now() + shared.config.ready_timeout.0;
+    let mut waiting = BTreeSet::new();
+    let mut starting = JoinSet::new();
+    let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    for (host, command) in starts {
+        let Command::Start { spec, .. } = &command else { continue };
+        let (vm, image) = (spec.vm.clone(), spec.image.clone());
+        words.say(format!("{vm} starts on {host}"));
+        waiting.insert(vm.clone());
+        let (shared, told) = (Arc::clone(shared), told.clone());
+        starting.spawn(async move {
+            let limit = shared.config.ready_timeout.0;
+            let answer = ask(&shared, &host, &command, limit, |_, doing| {
+                let _ = told.send(format!("{vm} on {host}: {doing}"));
+            })
+            .await;
+            match answer {
+                Ok(Answer::Done) => {
+                    shared.world().has_image(image.as_ref(), &host);
+                    Ok(())
+                }
+                Ok(other) => Err(format!("{vm} was not started on {host}: got the answer {other:?}, want done")),
+                Err(error) => Err(format!("{vm} was not started on {host}: {error}")),
+            }
+        });
+    }
+    let count = waiting.len();
+    let mut changes = shared.changes.subscribe();
+    loop {
+        let ready: Vec<VmId> = {
+            let world = shared.world();
+            let running = |vm: &&VmId| world.seen.get(*vm).is_some_and(|(_, state)| *state == VmState::Running);
+            waiting.iter().filter(running).cloned().collect()
+        };
+        for vm in ready {
+            waiting.remove(&vm);
+            words.say(format!("{vm} is ready ({} of {count})", count - waiting.len()));
+        }
+        if waiting.is_empty() && starting.is_empty() {
+            return Ok(());
+        }
+        tokio::select! {
+            Some(said) = heard.recv() => words.say(said),
+            Some(started) = starting.join_next(), if !starting.is_empty() => {
+                started.map_err(|error| format!("starting {name} broke off: {error}"))??;
+            }
+            _ = changes.changed() => {}
+            () = tokio::time::sleep_until(deadline) => {
+                let late = waiting.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+                let limit = shared.config.ready_timeout;
+                return Err(format!("not ready within {limit} (key `ready-timeout`): {late}; look at the guests' consoles"));
+            }
+        }
+    }
+}
+
+/// Ends an environment. What is on a host that is away is ended when that host comes back.
+pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> Result<(), String> {
+    quiet(shared).await?;
+    let (vms, access, vni, hosts) = {
+        let mut world = shared.world();
+        let Some(known) = world.state.environments.get(name) else {
+            return Err(unknown(name, world.state.environments.keys()));
+        };
+        let (access, vni) = (known.access.clone(), known.stored.spec.network.vni);
+        if known.life != Life::Ending {
+            shared.record(&mut world, RecordV1::EnvironmentEnds(name.clone()))?;
+        }
+        let vms: Vec<_> = world
+            .state
+            .vms
+            .iter()
+            .filter(|(_, known)| known.environment == *name)
+            .map(|(vm, known)| (vm.clone(), known.host.clone()))
+            .collect();
+        (vms, access, vni, world.connected())
+    };
+    if let Some(host) = access {
+        let close = Command::AccessClose { environment: name.clone() };
+        if let Err(error) = ask(shared, &host, &close, SHORT, |_, _| {}).await {
+            words.say(format!("the access namespace of {name} on {host} was not removed: {error}"));
+        }
+    }
+    let mut stopping = JoinSet::new();
+    for (vm, host) in vms.clone() {
+        let shared = Arc::clone(shared);
+        stopping.spawn(async move {
+            let answer = ask(&shared, &host, &Command::Stop { vm: vm.clone() }, SHORT, |_, _| {}).await;
+            answer.map(|_| ()).map_err(|error| format!("{vm} was not stopped on {host}: {error}"))
+        });
+    }
+    let mut left = Vec::new();
+    while let Some(stopped) = stopping.join_next().await {
+        match stopped {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => left.push(error),
+            Err(error) => left.push(error.to_string()),
+        }
+    }
+    for host in hosts {
+        if let Err(error) = ask(shared, &host, &Command::NetworkRemove { vni }, SHORT, |_, _| {}).await {
+            words.say(format!("network {vni} was not removed from {host}: {error}"));
+        }
+    }
+    for failed in &left {
+        words.say(format!("{failed}; it is stopped as soon as its monitor is back"));
+    }
+    let mut world = shared.world();
+    shared.record(&mut world, RecordV1::EnvironmentGone(name.clone()))?;
+    for (vm, _) in vms {
+        world.seen.remove(&vm);
+        world.observer.forget(&vm);
+    }
+    drop(world);
+    shared.changed();
+    keys::forget(&shared.config.socket, name).map_err(|error| format!("{error:#}"))
+}
+
+/// Waits until no plan is under way.
+async fn quiet(shared: &Shared) -> Result<(), String> {
+    let mut changes = shared.changes.subscribe();
+    let still = async {
+        while !shared.world().state.unfinished.is_empty() {
+            let _ = tokio::time::timeout(Duration::from_millis(500), changes.changed()).await;
+        }
+    };
+    let limit = Duration::from_secs(180);
+    tokio::time::timeout(limit, still).await.map_err(|_| format!("moves are still under way after {limit:?}; try again later"))
+}
+
+/// An environment that is not there, in words.
+pub fn unknown<'a>(name: &EnvironmentId, known: impl Iterator<Item = &'a EnvironmentId>) -> String {
+    let known = known.map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    format!("got environment {name}, want one of: {}", if known.is_empty() { "(none is up)" } else { &known })
+}
+
+/// Opens the access namespace of an environment: where it already is, or on its head node's host.
+pub async fn access(shared: &Arc<Shared>, name: &EnvironmentId) -> Result<AdaptReply, String> {
+    let (host, command) = {
+        let mut world = shared.world();
+        let Some(known) = world.state.environments.get(name) else {
+            return Err(unknown(name, world.state.environments.keys()));
+        };
+        let spec = known.stored.spec.clone();
+        let open = known.access.clone().filter(|host| world.connection(host).is_some());
+        let head = world.state.vms.values().find(|vm| vm.environment == *name && vm.spec.role == Role::Head);
+        let Some(host) = open.clone().or_else(|| head.map(|head| head.host.clone())) else {
+            return Err(format!("{name} has no head node"));
+        };
+        if open.is_none() {
+            shared.record(&mut world, RecordV1::AccessOpens { environment: name.clone(), host: host.clone() })?;
+        }
+        let command = Command::AccessOpen {
+            environment: name.clone(),
+            network: spec.network_spec(),
+            address: spec.access_address(),
+            prefix_len: spec.network.prefix_len,
+        };
+        (host, command)
+    };
+    match ask(shared, &host, &command, SHORT, |_, _| {}).await {
+        Ok(Answer::Access { netns }) => Ok(AdaptReply::Access { host, netns }),
+        Ok(other) => Err(format!("got the answer {other:?} of {host}, want the access namespace")),
+        Err(error) => Err(format!("no access namespace on {host}: {error}")),
+    }
+}

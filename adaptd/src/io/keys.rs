@@ -1,0 +1,73 @@
+//! Key pairs of environments: made by `ssh-keygen`, kept in the journal, written where the operator's command finds them.
+
+use crate::records::Keys;
+use anyhow::{Context, bail};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use violin_common::EnvironmentId;
+
+/// Directory of the private keys: `keys/` beside the local socket.
+pub fn directory(socket: &Path) -> PathBuf {
+    socket.parent().unwrap_or_else(|| Path::new(".")).join("keys")
+}
+
+/// Makes an Ed25519 key pair.
+pub async fn generate(socket: &Path, environment: &EnvironmentId) -> anyhow::Result<Keys> {
+    let directory = directory(socket);
+    make_directory(&directory)?;
+    let path = directory.join(format!("{environment}.new"));
+    let public = directory.join(format!("{environment}.new.pub"));
+    remove(&path)?;
+    remove(&public)?;
+    let output = tokio::process::Command::new("ssh-keygen")
+        .args(["-q", "-t", "ed25519", "-N", "", "-C"])
+        .arg(format!("violin-{environment}"))
+        .arg("-f")
+        .arg(&path)
+        .stdin(std::process::Stdio::null())
+        .output()
+        .await
+        .context("starting ssh-keygen (package openssh-client)")?;
+    if !output.status.success() {
+        bail!("ssh-keygen: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    }
+    let keys = Keys { public: std::fs::read_to_string(&public)?, private: std::fs::read_to_string(&path)? };
+    remove(&path)?;
+    remove(&public)?;
+    Ok(keys)
+}
+
+/// Writes an environment's private key, readable by its owner only.
+pub fn store(socket: &Path, environment: &EnvironmentId, keys: &Keys) -> anyhow::Result<()> {
+    use std::io::Write;
+    let directory = directory(socket);
+    make_directory(&directory)?;
+    let path = directory.join(environment.as_str());
+    remove(&path)?;
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("writing {}", path.display()))?;
+    file.write_all(keys.private.as_bytes())?;
+    Ok(())
+}
+
+/// Removes an environment's private key.
+pub fn forget(socket: &Path, environment: &EnvironmentId) -> anyhow::Result<()> {
+    remove(&directory(socket).join(environment.as_str()))
+}
+
+fn make_directory(path: &Path) -> anyhow::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).with_context(|| format!("making {}", path.display()))
+}
+
+fn remove(path: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

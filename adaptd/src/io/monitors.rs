@@ -1,0 +1,165 @@
+//! The monitors' connections: reports in, commands out.
+
+use crate::act::AskError;
+use crate::io::world::{KnownHost, Shared};
+use crate::io::{clock, reconcile};
+use anyhow::{Context, bail};
+use std::sync::Arc;
+use std::time::Duration;
+use violin_channel::quic::{self, Endpoint};
+use violin_channel::{frame, tls};
+use violin_common::HostId;
+use violin_common::api::adapt::Event;
+use violin_common::control::monitor::{Answer, Command, Hello, PROTOCOL, Report, VmState};
+
+/// Longest wait for a monitor's first message.
+const HELLO: Duration = Duration::from_secs(10);
+
+/// Takes callers for ever.
+pub async fn serve(shared: Arc<Shared>, endpoint: Endpoint) {
+    while let Some(incoming) = endpoint.accept().await {
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let address = incoming.remote_address();
+            match quic::admit(incoming).await {
+                Ok((connection, identity)) => {
+                    if let Err(error) = listen_to(&shared, connection.clone(), identity).await {
+                        tracing::warn!(%address, "monitor refused: {error:#}");
+                        connection.close(quinn::VarInt::from_u32(1), format!("{error:#}").as_bytes());
+                    }
+                }
+                Err(error) => tracing::warn!("{error}"),
+            }
+        });
+    }
+}
+
+async fn listen_to(shared: &Arc<Shared>, connection: quinn::Connection, identity: tls::Identity) -> anyhow::Result<()> {
+    let reports = async {
+        // A stream that only the monitor writes to, of either kind.
+        tokio::select! {
+            stream = connection.accept_uni() => Ok::<_, anyhow::Error>((None, stream?)),
+            stream = connection.accept_bi() => stream.map(|(send, recv)| (Some(send), recv)).map_err(Into::into),
+        }
+    };
+    let (_unused, mut reports) = tokio::time::timeout(HELLO, reports).await.context("no stream of reports within 10 s")??;
+    let first = tokio::time::timeout(HELLO, frame::recv::<Report>(&mut reports)).await.context("no HELLO within 10 s")??;
+    let Some(Report::Hello(hello)) = first else { bail!("got {first:?}, want HELLO first") };
+    check(&hello, &identity)?;
+    let host = hello.host.clone();
+    let id = connection.stable_id();
+    greet(shared, hello, connection.clone());
+    tokio::spawn(reconcile::host(Arc::clone(shared), host.clone()));
+    let ended = loop {
+        match frame::recv::<Report>(&mut reports).await {
+            Ok(Some(report)) => take(shared, &host, report),
+            Ok(None) => break "it ended its reports".to_owned(),
+            Err(error) => break error.to_string(),
+        }
+    };
+    let mut world = shared.world();
+    // A monitor that came back over a new connection is not gone because its old one is.
+    if let Some(known) = world.hosts.get_mut(&host)
+        && known.connection.as_ref().is_some_and(|current| current.stable_id() == id)
+    {
+        known.connection = None;
+        drop(world);
+        tracing::warn!(%host, "monitor gone: {ended}");
+        shared.tell(Event::Host { host, connected: false });
+        shared.changed();
+    }
+    connection.close(quinn::VarInt::from_u32(0), b"no more reports");
+    Ok(())
+}
+
+fn check(hello: &Hello, identity: &tls::Identity) -> anyhow::Result<()> {
+    if hello.protocol != PROTOCOL {
+        bail!("got protocol {} of {}, want {PROTOCOL}; run the same version on both", hello.protocol, hello.host);
+    }
+    if hello.host != identity.host || hello.domain != identity.domain {
+        bail!("got HELLO of {} in {}, want {identity} as its certificate says", hello.host, hello.domain);
+    }
+    if !(hello.cores > 0.0 && hello.cores <= 4096.0) {
+        bail!("got {} cores of {}, want more than 0, at most 4096", hello.cores, hello.host);
+    }
+    Ok(())
+}
+
+fn greet(shared: &Shared, hello: Hello, connection: quinn::Connection) {
+    let host = hello.host.clone();
+    tracing::info!(%host, domain = %hello.domain, driver = %hello.driver, cores = hello.cores, "monitor connected");
+    let mut world = shared.world();
+    let before = world.hosts.insert(host.clone(), KnownHost { hello, connection: Some(connection), compared: clock::now() });
+    drop(world);
+    if let Some(old) = before.and_then(|before| before.connection) {
+        old.close(quinn::VarInt::from_u32(0), b"replaced by a newer connection");
+    }
+    shared.tell(Event::Host { host, connected: true });
+    shared.changed();
+}
+
+/// Takes in one report.
+fn take(shared: &Arc<Shared>, host: &HostId, report: Report) {
+    let mut world = shared.world();
+    let mut news = false;
+    let mut see = |world: &mut crate::io::world::World, vm: &violin_common::VmId, state: VmState| {
+        // Of a VM in motion both ends tell; the one it runs at is believed, and an end it has left says nothing of it.
+        let here = world.state.vms.get(vm).is_some_and(|known| known.host == *host);
+        let comes = world.state.moving_to(vm) == Some(host) && state == VmState::Running;
+        if (here || comes) && world.seen.get(vm) != Some(&(host.clone(), state)) {
+            world.seen.insert(vm.clone(), (host.clone(), state));
+            news = true;
+        }
+    };
+    match report {
+        Report::Hello(_) => tracing::warn!(%host, "a second HELLO: ignored"),
+        Report::Vm(seen) => see(&mut world, &seen.vm, seen.state),
+        Report::Observation(observation) => {
+            for sample in &observation.vms {
+                see(&mut world, &sample.vm, sample.state);
+            }
+            let stray = observation.vms.iter().any(|sample| reconcile::is_stray(&world, host, &sample.vm, sample.state));
+            if stray && reconcile::is_due(&mut world, host, clock::now()) {
+                tokio::spawn(reconcile::host(Arc::clone(shared), host.clone()));
+            }
+            for missing in &observation.missing {
+                tracing::debug!(%host, "not observed: {missing}");
+            }
+            world.observer.take(clock::now(), host, observation, &shared.config.policy);
+        }
+    }
+    drop(world);
+    if news {
+        shared.changed();
+    }
+}
+
+/// Asks a host's monitor and waits for its answer; `progress` hears what it says meanwhile.
+pub async fn ask(
+    shared: &Shared,
+    host: &HostId,
+    command: &Command,
+    limit: Duration,
+    mut progress: impl FnMut(Option<f64>, &str),
+) -> Result<Answer, AskError> {
+    let Some(connection) = shared.world().connection(host) else {
+        return Err(AskError::Lost(format!("the monitor of {host} is not connected")));
+    };
+    let lost = |error: &dyn std::fmt::Display| AskError::Lost(format!("the monitor of {host} was lost: {error}"));
+    let conversation = async {
+        let (mut send, mut recv) = connection.open_bi().await.map_err(|error| lost(&error))?;
+        frame::send(&mut send, command).await.map_err(|error| lost(&error))?;
+        let _ = send.finish();
+        loop {
+            match frame::recv::<Answer>(&mut recv).await {
+                Ok(Some(Answer::Progress { part, doing })) => progress(part, &doing),
+                Ok(Some(Answer::Failed(words))) => return Err(AskError::Refused(words)),
+                Ok(Some(answer)) => return Ok(answer),
+                Ok(None) => return Err(lost(&"it ended the stream without an answer")),
+                Err(error) => return Err(lost(&error)),
+            }
+        }
+    };
+    let answer = tokio::time::timeout(limit, conversation).await;
+    answer.unwrap_or_else(|_| Err(AskError::Lost(format!("the monitor of {host} did not answer within {limit:?}"))))
+}

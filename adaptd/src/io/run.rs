@@ -1,0 +1,160 @@
+//! The manager's life: journal, socket, monitors, cycle; and a clean end.
+
+use crate::cycle::{Decision, cycle};
+use crate::io::journal::Journal;
+use crate::io::world::{Shared, World};
+use crate::io::{api, clock, execute, keys, monitors, reconcile};
+use crate::plan::{Origin, Stamp};
+use crate::policy::Refusal;
+use crate::records::{Life, RecordV1};
+use anyhow::{Context, bail};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+use violin_channel::tls::{Credentials, Timing};
+use violin_channel::{local, quic};
+use violin_common::Instant;
+use violin_common::api::adapt::{DecisionSeen, Event, Mode, Term};
+use violin_common::config::adapt::AdaptConfig;
+
+/// Least time between two records of refusals alone.
+const REFUSALS: Duration = Duration::from_secs(10);
+/// Most refusals written with one decision.
+const MOST_REFUSALS: usize = 50;
+
+/// Runs until `stop` ends or the journal fails.
+pub async fn run(config: AdaptConfig, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let credentials = Arc::new(Credentials::load(&config.tls)?);
+    let (journal, state) = Journal::open(&config.journal, clock::now())?;
+    tracing::info!(generation = journal.generation(), environments = state.environments.len(), "journal read");
+    let listener = local::bind(&config.socket)?;
+    let endpoint = quic::listen(config.listen, credentials, quic::alpn::MONITOR, Timing::CALM)?;
+    for (name, environment) in &state.environments {
+        keys::store(&config.socket, name, &environment.stored.keys)?;
+    }
+    let shared = Arc::new(Shared::new(config, journal, state));
+    tracing::info!(listen = %shared.config.listen, socket = %shared.config.socket.display(), mode = ?shared.config.mode, "adaptd runs");
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(monitors::serve(Arc::clone(&shared), endpoint.clone()));
+    let answering = Arc::clone(&shared);
+    tasks.spawn(local::serve(listener, move |request, sink| api::answer(Arc::clone(&answering), request, sink)));
+    drop(execute::resume(&shared));
+    tasks.spawn(cycles(Arc::clone(&shared)));
+    tokio::spawn(reconcile::leftovers(Arc::clone(&shared)));
+    let mut fatal = shared.fatal.subscribe();
+    let ended = tokio::select! {
+        () = stop => Ok(()),
+        reason = fatal.wait_for(Option::is_some) => match reason {
+            Ok(reason) => bail!("{}", reason.clone().unwrap_or_default()),
+            Err(error) => Err(error).context("waiting for the end"),
+        },
+        Some(task) = tasks.join_next() => bail!("a part of the manager ended: {task:?}"),
+    };
+    tracing::info!("adaptd ends; moves under way are taken up at the next start");
+    tasks.shutdown().await;
+    endpoint.close("adaptd ends").await;
+    ended
+}
+
+async fn cycles(shared: Arc<Shared>) {
+    let mut period = tokio::time::interval(shared.config.period.0);
+    period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        period.tick().await;
+        let mut world = shared.world();
+        if let Err(words) = once(&shared, &mut world, clock::now()) {
+            tracing::error!("{words}");
+        }
+    }
+}
+
+/// What the next plan is stamped with.
+pub fn stamp(shared: &Shared, world: &World) -> Stamp {
+    Stamp {
+        generation: world.journal.generation(),
+        number: world.state.plans + 1,
+        first_migration: world.state.next_migration(),
+        parallel: shared.config.parallel,
+        mode: shared.config.migration,
+    }
+}
+
+/// One cycle: think, write down, act.
+fn once(shared: &Arc<Shared>, world: &mut World, now: Instant) -> Result<(), String> {
+    let busy = world.state.environments.values().any(|environment| environment.life != Life::Up);
+    if world.mode == Mode::Observe || busy || execute::may_begin(world, Origin::Policy).is_err() {
+        // Whatever the picture was, it is another one afterwards.
+        world.settling = crate::cycle::Settling::default();
+        return Ok(());
+    }
+    let snapshot = world.snapshot(now, &shared.config);
+    let stamp = stamp(shared, world);
+    let thought = cycle(now, &snapshot, &shared.config.policy, &mut world.settling, stamp);
+    world.refusals.clone_from(&thought.thought.refusals);
+    tracing::debug!("{}", thought.thought.before);
+    match &thought.decision {
+        Some(decision) => {
+            let seen = seen(world, now, decision, &thought.thought.refusals);
+            let same = world.state.decisions.iter().rev().find(|last| !last.moves.is_empty());
+            if world.mode == Mode::DryRun && same.is_some_and(|last| last.moves == seen.moves && last.mode == Mode::DryRun) {
+                return Ok(());
+            }
+            let number = seen.number;
+            write_down(shared, world, seen, snapshot.to_string())?;
+            if world.mode == Mode::Act {
+                drop(execute::begin(shared, world, decision, Some(number))?);
+            }
+            Ok(())
+        }
+        None => refused(shared, world, now, &thought.thought.refusals, &snapshot.to_string()),
+    }
+}
+
+fn write_down(shared: &Shared, world: &mut World, seen: DecisionSeen, snapshot: String) -> Result<(), String> {
+    tracing::info!(decision = seen.number, mode = ?seen.mode, moves = ?seen.moves, "{}", seen.reason);
+    shared.record(world, RecordV1::Decided { decision: Box::new(seen.clone()), snapshot })?;
+    shared.tell(Event::Decided(seen));
+    Ok(())
+}
+
+fn seen(world: &World, now: Instant, decision: &Decision, refusals: &[Refusal]) -> DecisionSeen {
+    DecisionSeen {
+        number: world.state.next_decision(),
+        at: now,
+        mode: world.mode,
+        policy: "violin".into(),
+        moves: decision.proposal.moves.iter().map(|moved| format!("{} from {} to {}", moved.vm, moved.from, moved.to)).collect(),
+        reason: decision.proposal.reason.clone(),
+        terms: decision.terms.clone(),
+        refusals: refusals.iter().take(MOST_REFUSALS).map(ToString::to_string).collect(),
+    }
+}
+
+/// Writes down what a cycle refused, when that is something new.
+fn refused(shared: &Shared, world: &mut World, now: Instant, refusals: &[Refusal], snapshot: &str) -> Result<(), String> {
+    let settled = |refusal: &&Refusal| !matches!(refusal, Refusal::Unsettled { .. });
+    let set: BTreeSet<_> = refusals.iter().filter(settled).cloned().collect();
+    let (last, at) = &world.refusals_written;
+    if world.state.vms.is_empty() || set.is_empty() || set == *last || (now.since(*at) < REFUSALS && !last.is_empty()) {
+        return Ok(());
+    }
+    let score = crate::score::score(&world.snapshot(now, &shared.config), &shared.config.policy);
+    let spread = Term {
+        name: "spread of host scores".into(),
+        before: score.spread,
+        after: score.spread,
+        unit: "high-demand VMs per core".into(),
+    };
+    let seen = DecisionSeen {
+        number: world.state.next_decision(),
+        at: now,
+        mode: world.mode,
+        policy: "violin".into(),
+        moves: Vec::new(),
+        reason: format!("nothing to be done: {score}"),
+        terms: vec![spread],
+        refusals: set.iter().take(MOST_REFUSALS).map(ToString::to_string).collect(),
+    };
+    world.refusals_written = (set, now);
+    write_down(shared, world, seen, snapshot.to_owned())
+}

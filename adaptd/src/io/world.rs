@@ -1,0 +1,243 @@
+//! What the manager knows, and the one lock around it.
+
+use crate::cycle::Settling;
+use crate::io::journal::Journal;
+use crate::model::{Doing, Environment, Host, Snapshot, Standing, Vm};
+use crate::observe::Observer;
+use crate::policy::Refusal;
+use crate::records::{Life, Record, RecordV1, State};
+use crate::score::high_count;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::{broadcast, watch};
+use violin_common::api::adapt::{Event, HostSeen, Mode, VmListed};
+use violin_common::config::adapt::AdaptConfig;
+use violin_common::control::monitor::{Hello, ImageDigest, VmState};
+use violin_common::{EnvironmentId, HostId, Instant, VmId};
+
+/// A host that said HELLO since this manager started.
+#[derive(Debug)]
+pub struct KnownHost {
+    /// What it said.
+    pub hello: Hello,
+    /// Its connection, while there is one.
+    pub connection: Option<quinn::Connection>,
+    /// When its VMs were last compared with the journal.
+    pub compared: Instant,
+}
+
+/// Everything the manager knows.
+#[derive(Debug)]
+pub struct World {
+    /// On disk.
+    pub journal: Journal,
+    /// What the journal adds up to.
+    pub state: State,
+    /// Figures.
+    pub observer: Observer,
+    /// What the cycle remembers.
+    pub settling: Settling,
+    /// What is done with decisions.
+    pub mode: Mode,
+    /// Hosts.
+    pub hosts: BTreeMap<HostId, KnownHost>,
+    /// How each VM was last seen, and where.
+    pub seen: BTreeMap<VmId, (HostId, VmState)>,
+    /// What the last cycle refused.
+    pub refusals: Vec<Refusal>,
+    /// What was last written of that.
+    pub refusals_written: (BTreeSet<Refusal>, Instant),
+}
+
+/// Shared by all tasks.
+#[derive(Debug)]
+pub struct Shared {
+    /// Settings.
+    pub config: AdaptConfig,
+    world: Mutex<World>,
+    /// What watchers are told.
+    pub events: broadcast::Sender<Event>,
+    /// Counts up with every change of a VM or host.
+    pub changes: watch::Sender<u64>,
+    /// Set once with the reason why the manager must stop.
+    pub fatal: watch::Sender<Option<String>>,
+}
+
+impl Shared {
+    /// Starts from what the journal holds.
+    pub fn new(config: AdaptConfig, journal: Journal, state: State) -> Self {
+        let mode = config.mode;
+        let world = World {
+            journal,
+            state,
+            observer: Observer::default(),
+            settling: Settling::default(),
+            mode,
+            hosts: BTreeMap::new(),
+            seen: BTreeMap::new(),
+            refusals: Vec::new(),
+            refusals_written: (BTreeSet::new(), Instant(0)),
+        };
+        let (events, changes, fatal) = (broadcast::channel(1024).0, watch::channel(0).0, watch::channel(None).0);
+        Self { config, world: Mutex::new(world), events, changes, fatal }
+    }
+
+    /// Takes the lock. A task that died with it left whole records behind, so what it knew still holds.
+    pub fn world(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells watchers; nobody listening is fine.
+    pub fn tell(&self, event: Event) {
+        let _ = self.events.send(event);
+    }
+
+    /// Wakes those who wait for a VM or host.
+    pub fn changed(&self) {
+        self.changes.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// Writes a record and takes it in. Without its journal the manager must not act: a failure stops it.
+    pub fn record(&self, world: &mut World, record: RecordV1) -> Result<(), String> {
+        let record = Record::V1(record);
+        if let Err(error) = world.journal.append(&record) {
+            let words =
+                format!("could not write the journal {}: {error:#}; nothing is done without it", self.config.journal.display());
+            self.fatal.send_replace(Some(words.clone()));
+            return Err(words);
+        }
+        world.state.apply(&record);
+        Ok(())
+    }
+}
+
+impl World {
+    /// The snapshot of this instant.
+    pub fn snapshot(&self, now: Instant, config: &AdaptConfig) -> Snapshot {
+        let policy = &config.policy;
+        let hosts = self.hosts.iter().map(|(name, known)| {
+            let age = self.observer.age(now, name);
+            let standing = match (&known.connection, age) {
+                (None, _) => Standing::Away,
+                (Some(_), Some(age)) if age <= policy.max_age.0 => Standing::Live,
+                (Some(_), age) => Standing::Stale(age),
+            };
+            let hello = &known.hello;
+            let host = Host {
+                domain: hello.domain.clone(),
+                cores: hello.cores,
+                memory_mib: hello.memory_mib,
+                driver: hello.driver.clone(),
+                standing,
+            };
+            (name.clone(), host)
+        });
+        let environments = self.state.environments.iter().map(|(name, known)| {
+            let rested = known.moved.map(|moved| now.since(moved));
+            (name.clone(), Environment { home: known.stored.home.clone(), rested })
+        });
+        let vms = self.state.vms.iter().map(|(name, known)| {
+            let figures = self.observer.vm(name);
+            let life = self.state.environments.get(&known.environment).map(|environment| environment.life);
+            let vm = Vm {
+                environment: known.environment.clone(),
+                role: known.spec.role,
+                vcpus: known.spec.vcpus,
+                memory_mib: known.spec.memory_mib,
+                host: known.host.clone(),
+                demand: figures.and_then(|figures| figures.demand.mean()),
+                rising: figures.is_some_and(|figures| figures.rising(policy)),
+                high_for: figures.and_then(|figures| figures.high_since).map(|since| now.since(since)),
+                doing: self.doing(name, life),
+                rested: known.moved.map(|moved| now.since(moved)),
+            };
+            (name.clone(), vm)
+        });
+        Snapshot { hosts: hosts.collect(), vms: vms.collect(), environments: environments.collect() }
+    }
+
+    fn doing(&self, vm: &VmId, life: Option<Life>) -> Doing {
+        if let Some(to) = self.state.moving_to(vm) {
+            return Doing::Moving(to.clone());
+        }
+        match (life, self.seen.get(vm).map(|(_, state)| *state)) {
+            (Some(Life::Up), Some(VmState::Running)) => Doing::Running,
+            (Some(Life::Up | Life::Ending), Some(VmState::Stopped | VmState::Paused)) => Doing::Halted,
+            // Starting, being ended, or not seen yet: its cores are spoken for, and it is left alone.
+            _ => Doing::Booting,
+        }
+    }
+
+    /// A connected host's connection.
+    pub fn connection(&self, host: &HostId) -> Option<quinn::Connection> {
+        self.hosts.get(host)?.connection.clone()
+    }
+
+    /// Hosts that are connected.
+    pub fn connected(&self) -> Vec<HostId> {
+        self.hosts.iter().filter(|(_, host)| host.connection.is_some()).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Where an image can be fetched, other than from `host` itself.
+    pub fn image_sources(&self, image: Option<&ImageDigest>, host: &HostId) -> Vec<std::net::SocketAddr> {
+        let Some(image) = image else { return Vec::new() };
+        self.hosts
+            .iter()
+            .filter(|(name, known)| *name != host && known.connection.is_some() && known.hello.images.contains(image))
+            .map(|(_, known)| known.hello.image_address)
+            .collect()
+    }
+
+    /// Remembers that a host has an image now.
+    pub fn has_image(&mut self, image: Option<&ImageDigest>, host: &HostId) {
+        if let (Some(image), Some(known)) = (image, self.hosts.get_mut(host))
+            && !known.hello.images.contains(image)
+        {
+            known.hello.images.push(image.clone());
+        }
+    }
+
+    /// Hosts as listed.
+    pub fn list_hosts(&self, now: Instant, config: &AdaptConfig) -> Vec<HostSeen> {
+        let snapshot = self.snapshot(now, config);
+        let list = self.hosts.iter().map(|(name, known)| {
+            let hello = &known.hello;
+            HostSeen {
+                host: name.clone(),
+                domain: hello.domain.clone(),
+                connected: known.connection.is_some(),
+                driver: hello.driver.clone(),
+                cores: hello.cores,
+                demand_cores: hello.cores - snapshot.free_cores(name),
+                score: f64::from(high_count(&snapshot, name, &config.policy)) / hello.cores,
+                memory_mib: hello.memory_mib,
+                memory_free_mib: snapshot.free_memory_mib(name),
+                age_s: self.observer.age(now, name).map(|age| age.as_secs_f64()),
+                vms: snapshot.vms.iter().filter(|(_, vm)| vm.host == *name).map(|(vm, _)| vm.clone()).collect(),
+            }
+        });
+        list.collect()
+    }
+
+    /// VMs as listed; of one environment, or all.
+    pub fn list_vms(&self, only: Option<&EnvironmentId>) -> Vec<VmListed> {
+        let wanted = self.state.vms.iter().filter(|(_, known)| only.is_none_or(|only| known.environment == *only));
+        let list = wanted.map(|(name, known)| {
+            let figures = self.observer.vm(name);
+            VmListed {
+                vm: name.clone(),
+                environment: known.environment.clone(),
+                role: known.spec.role,
+                address: known.spec.address,
+                host: Some(known.host.clone()),
+                state: self.seen.get(name).map_or(VmState::Booting, |(_, state)| *state),
+                run: figures.map_or(0.0, |figures| figures.last.run),
+                wait: figures.map_or(0.0, |figures| figures.last.wait),
+                demand: figures.map_or(0.0, |figures| figures.last.demand),
+                smoothed_demand: figures.map_or(0.0, |figures| figures.demand.so_far()),
+                moving_to: self.state.moving_to(name).cloned(),
+            }
+        });
+        list.collect()
+    }
+}

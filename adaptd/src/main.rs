@@ -1,0 +1,64 @@
+//! The adaptation manager's program: configuration → log → run → clean end.
+#![deny(unsafe_code)]
+
+use anyhow::Context;
+use clap::Parser;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use violin_common::api::adapt::Mode;
+use violin_common::config::adapt::AdaptConfig;
+
+/// violin's adaptation manager: observes hosts and VMs, decides, explains, moves VMs.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Configuration file; configs/adaptd.example.toml explains every key.
+    #[arg(long, default_value = "/etc/violin/adaptd.toml")]
+    config: PathBuf,
+    /// Reads and checks the configuration and ends.
+    #[arg(long)]
+    check: bool,
+    /// Decides and lists what it would do, and moves nothing; overrides `mode`.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+fn main() -> std::process::ExitCode {
+    match start(&Arguments::parse()) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("adaptd: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(arguments: &Arguments) -> anyhow::Result<()> {
+    let path = arguments.config.display();
+    let text = std::fs::read_to_string(&arguments.config).with_context(|| format!("reading the configuration {path}"))?;
+    let mut config = AdaptConfig::parse(&text).with_context(|| format!("configuration {path}"))?;
+    if arguments.check {
+        println!("{path}: good");
+        return Ok(());
+    }
+    if arguments.dry_run {
+        config.mode = Mode::DryRun;
+    }
+    let filter = EnvFilter::try_from_env("VIOLIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let stop = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        adaptd::io::run::run(config, stop).await
+    })
+}

@@ -1,0 +1,356 @@
+//! What the journal holds, and the state its records add up to.
+//!
+//! Records are written before anything is done and never changed; [`State::apply`] is the only way the state changes, so
+//! a restart that reads the records again arrives at the same state. Enums only ever grow at their end.
+
+use crate::plan::Plan;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use violin_common::api::adapt::{DecisionSeen, Migration, Outcome};
+use violin_common::config::environment::{EnvironmentSpec, Node};
+use violin_common::control::monitor::{ImageDigest, VmSpec};
+use violin_common::{DomainId, EnvironmentId, Epoch, HostId, Instant, MacAddr, VmId, Vni};
+
+/// One line of the journal, versioned.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Record {
+    /// The first form.
+    V1(RecordV1),
+}
+
+/// What happened, or is about to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum RecordV1 {
+    /// A manager started; plans of lower generations are finished or undone by it and by no other.
+    Generation {
+        /// Its generation.
+        generation: u64,
+        /// When, on the machine's monotonic clock.
+        at: Instant,
+    },
+    /// An environment is about to be started.
+    EnvironmentBegins(Box<StoredEnvironment>),
+    /// A VM is about to be started.
+    VmStarts {
+        /// Which.
+        vm: VmId,
+        /// Epoch its port claims.
+        epoch: Epoch,
+    },
+    /// All its VMs are ready.
+    EnvironmentReady(EnvironmentId),
+    /// An environment is about to be ended: none of its VMs may run anywhere from now on.
+    EnvironmentEnds(EnvironmentId),
+    /// Nothing is left of it.
+    EnvironmentGone(EnvironmentId),
+    /// A VM was found on another host than the journal says, without a move of ours.
+    VmFound {
+        /// Which.
+        vm: VmId,
+        /// Where.
+        host: HostId,
+    },
+    /// A decision was taken.
+    Decided {
+        /// As it is told.
+        decision: Box<DecisionSeen>,
+        /// The snapshot it was taken on, as text.
+        snapshot: String,
+    },
+    /// A plan is about to be carried out; its migrations are announced.
+    PlanBegins {
+        /// The plan.
+        plan: Box<Plan>,
+        /// Its migrations, in the order of its moves.
+        migrations: Vec<Migration>,
+    },
+    /// A step of a move is about to be done.
+    StepBegins {
+        /// Number of the migration.
+        migration: u64,
+        /// Place of the step in its move, from 0.
+        step: u32,
+        /// When.
+        at: Instant,
+    },
+    /// The plan's finished moves are about to be taken back by these migrations.
+    PlanReturns {
+        /// Number of the plan.
+        plan: u64,
+        /// The moves back.
+        back: Vec<crate::plan::PlannedMove>,
+        /// Their migrations.
+        migrations: Vec<Migration>,
+        /// Why.
+        why: String,
+    },
+    /// A move ended; the VM is where its outcome says.
+    MoveEnded(Box<Migration>),
+    /// All moves of a plan have ended.
+    PlanEnded {
+        /// Number of the plan.
+        plan: u64,
+    },
+    /// The access namespace of an environment is about to be made on a host.
+    AccessOpens {
+        /// Environment.
+        environment: EnvironmentId,
+        /// Where.
+        host: HostId,
+    },
+}
+
+/// An environment as the journal keeps it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StoredEnvironment {
+    /// As it was asked for.
+    pub spec: EnvironmentSpec,
+    /// Domain its head node stays in.
+    pub home: DomainId,
+    /// Image of its VMs.
+    pub image: Option<ImageDigest>,
+    /// Where each VM is placed first.
+    pub placement: BTreeMap<VmId, HostId>,
+    /// Key pair of the environment.
+    pub keys: Keys,
+}
+
+/// An OpenSSH key pair.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Keys {
+    /// One line, as in `authorized_keys`.
+    pub public: String,
+    /// PEM.
+    pub private: String,
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Keys").field("public", &self.public).finish_non_exhaustive()
+    }
+}
+
+/// How far an environment is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Life {
+    /// Its VMs are being started.
+    Starting,
+    /// It is up.
+    Up,
+    /// It is being ended.
+    Ending,
+}
+
+/// An environment in the state.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KnownEnvironment {
+    /// As stored.
+    pub stored: StoredEnvironment,
+    /// How far it is.
+    pub life: Life,
+    /// Where its access namespace is.
+    pub access: Option<HostId>,
+    /// When it last moved as a gang.
+    pub moved: Option<Instant>,
+}
+
+/// A VM in the state.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KnownVm {
+    /// Its environment.
+    pub environment: EnvironmentId,
+    /// What a monitor needs to run it.
+    pub spec: VmSpec,
+    /// Where it runs, as far as the journal knows.
+    pub host: HostId,
+    /// When it last moved.
+    pub moved: Option<Instant>,
+}
+
+/// A plan that has not ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Unfinished {
+    /// The plan.
+    pub plan: Plan,
+    /// Moves that take it back, if it returns, and why.
+    pub back: Option<(Vec<crate::plan::PlannedMove>, String)>,
+    /// The last step begun of each migration.
+    pub steps: BTreeMap<u64, u32>,
+}
+
+/// What the records add up to.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct State {
+    /// Generation of the last manager.
+    pub generation: u64,
+    /// Environments.
+    pub environments: BTreeMap<EnvironmentId, KnownEnvironment>,
+    /// VMs of them.
+    pub vms: BTreeMap<VmId, KnownVm>,
+    /// VMs that must not run any more, wherever they turn up.
+    pub ended: BTreeSet<VmId>,
+    /// Decisions, oldest first.
+    pub decisions: Vec<DecisionSeen>,
+    /// Migrations by number.
+    pub migrations: BTreeMap<u64, Migration>,
+    /// The plan under way.
+    pub unfinished: BTreeMap<u64, Unfinished>,
+    /// Highest plan number.
+    pub plans: u64,
+    /// Highest incarnation of every owned MAC ever started.
+    pub incarnations: BTreeMap<(Vni, MacAddr), u32>,
+}
+
+impl State {
+    /// Takes in one record.
+    pub fn apply(&mut self, record: &Record) {
+        let Record::V1(record) = record;
+        match record {
+            RecordV1::Generation { generation, at } => {
+                self.generation = *generation;
+                // After a restart of the machine its clock starts anew: what lies in the future was before that.
+                let past = |moved: &mut Option<Instant>| *moved = moved.filter(|moved| moved <= at);
+                self.vms.values_mut().for_each(|vm| past(&mut vm.moved));
+                self.environments.values_mut().for_each(|environment| past(&mut environment.moved));
+            }
+            RecordV1::EnvironmentBegins(stored) => self.begin(stored),
+            RecordV1::VmStarts { vm, epoch } => {
+                if let Some(vm) = self.vms.get(vm) {
+                    self.incarnations.insert((vm.spec.network.vni, vm.spec.mac), epoch.incarnation);
+                }
+            }
+            RecordV1::EnvironmentReady(name) => {
+                if let Some(environment) = self.environments.get_mut(name) {
+                    environment.life = Life::Up;
+                }
+            }
+            RecordV1::EnvironmentEnds(name) => {
+                if let Some(environment) = self.environments.get_mut(name) {
+                    environment.life = Life::Ending;
+                }
+                self.ended.extend(self.vms.iter().filter(|(_, vm)| vm.environment == *name).map(|(vm, _)| vm.clone()));
+            }
+            RecordV1::EnvironmentGone(name) => {
+                self.environments.remove(name);
+                self.vms.retain(|_, vm| vm.environment != *name);
+            }
+            RecordV1::VmFound { vm, host } => {
+                if let Some(vm) = self.vms.get_mut(vm) {
+                    vm.host = host.clone();
+                }
+            }
+            RecordV1::Decided { decision, .. } => self.decisions.push((**decision).clone()),
+            RecordV1::PlanBegins { plan, migrations } => {
+                self.plans = self.plans.max(plan.number);
+                self.migrations.extend(migrations.iter().map(|migration| (migration.number, migration.clone())));
+                let unfinished = Unfinished { plan: (**plan).clone(), back: None, steps: BTreeMap::new() };
+                self.unfinished.insert(plan.number, unfinished);
+            }
+            RecordV1::StepBegins { migration, step, at } => {
+                if let Some(seen) = self.migrations.get_mut(migration) {
+                    seen.began.get_or_insert(*at);
+                }
+                for unfinished in self.unfinished.values_mut().filter(|unfinished| unfinished.has(*migration)) {
+                    unfinished.steps.insert(*migration, *step);
+                }
+            }
+            RecordV1::PlanReturns { plan, back, migrations, why } => {
+                self.migrations.extend(migrations.iter().map(|migration| (migration.number, migration.clone())));
+                if let Some(unfinished) = self.unfinished.get_mut(plan) {
+                    unfinished.back = Some((back.clone(), why.clone()));
+                }
+            }
+            RecordV1::MoveEnded(migration) => self.move_ended(migration),
+            RecordV1::PlanEnded { plan } => {
+                if let Some(ended) = self.unfinished.remove(plan) {
+                    let at = ended.plan.moves.iter().filter_map(|moved| self.migrations.get(&moved.migration)?.ended).max();
+                    if let Some(environment) = ended.plan.gang.and_then(|name| self.environments.get_mut(&name)) {
+                        environment.moved = at.or(environment.moved);
+                    }
+                }
+            }
+            RecordV1::AccessOpens { environment, host } => {
+                if let Some(environment) = self.environments.get_mut(environment) {
+                    environment.access = Some(host.clone());
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, stored: &StoredEnvironment) {
+        let name = stored.spec.name.clone();
+        // A file that was accepted once reads the same again; a journal that says otherwise has no VMs to tell of.
+        for node in stored.spec.nodes().unwrap_or_default() {
+            let Some(host) = stored.placement.get(&node.vm) else { continue };
+            let spec = vm_spec(stored, &node);
+            self.ended.remove(&node.vm);
+            self.vms.insert(node.vm, KnownVm { environment: name.clone(), spec, host: host.clone(), moved: None });
+        }
+        let known = KnownEnvironment { stored: stored.clone(), life: Life::Starting, access: None, moved: None };
+        self.environments.insert(name, known);
+    }
+
+    fn move_ended(&mut self, migration: &Migration) {
+        if let Some(vm) = self.vms.get_mut(&migration.vm) {
+            // An undone move rests too: what failed a moment ago is not tried again at once.
+            vm.moved = migration.ended;
+            match migration.outcome {
+                Outcome::Done => vm.host = migration.to.clone(),
+                Outcome::Undone(_) => vm.host = migration.from.clone(),
+                Outcome::Running => {}
+            }
+        }
+        self.migrations.insert(migration.number, migration.clone());
+    }
+
+    /// Epoch with which a VM is to be started next.
+    pub fn next_epoch(&self, spec: &VmSpec) -> Epoch {
+        match self.incarnations.get(&(spec.network.vni, spec.mac)) {
+            None => Epoch::FIRST,
+            Some(incarnation) => Epoch { incarnation: incarnation.saturating_add(1), ..Epoch::FIRST },
+        }
+    }
+
+    /// Number for the next migration.
+    pub fn next_migration(&self) -> u64 {
+        self.migrations.keys().next_back().map_or(1, |last| last + 1)
+    }
+
+    /// Number for the next decision.
+    pub fn next_decision(&self) -> u64 {
+        self.decisions.last().map_or(1, |last| last.number + 1)
+    }
+
+    /// Where a VM is moving to, if it is.
+    pub fn moving_to(&self, vm: &VmId) -> Option<&HostId> {
+        self.migrations
+            .values()
+            .rev()
+            .find(|migration| migration.vm == *vm && migration.outcome == Outcome::Running)
+            .map(|migration| &migration.to)
+    }
+}
+
+impl Unfinished {
+    fn has(&self, migration: u64) -> bool {
+        let back = self.back.iter().flat_map(|(moves, _)| moves);
+        self.plan.moves.iter().chain(back).any(|moved| moved.migration == migration)
+    }
+}
+
+/// What a monitor needs to run one node of an environment.
+pub fn vm_spec(stored: &StoredEnvironment, node: &Node) -> VmSpec {
+    VmSpec {
+        vm: node.vm.clone(),
+        environment: stored.spec.name.clone(),
+        role: node.role,
+        network: stored.spec.network_spec(),
+        mac: node.mac,
+        address: node.address,
+        prefix_len: stored.spec.network.prefix_len,
+        vcpus: node.vcpus,
+        memory_mib: node.memory_mib,
+        image: stored.image.clone(),
+        guest_config: crate::place::guest_config(stored, node),
+    }
+}

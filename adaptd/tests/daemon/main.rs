@@ -1,0 +1,296 @@
+//! The manager as a process: environments, moves, gangs, and SIGKILL in the middle of all of them.
+
+mod deployment;
+
+use deployment::Deployment;
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Event, Mode, Outcome};
+use violin_common::config::environment::EnvironmentSpec;
+
+const ALPHA: [(&str, &str); 5] = [("head", "h1"), ("c1", "h1"), ("c2", "h1"), ("c3", "h2"), ("c4", "h2")];
+const BETA: [(&str, &str); 5] = [("head", "h2"), ("c1", "h1"), ("c2", "h1"), ("c3", "h1"), ("c4", "h1")];
+const RANKS: [&str; 4] = ["alpha-c1", "alpha-c2", "alpha-c3", "alpha-c4"];
+
+/// Both environments up, alpha's job running, beta's first two VMs crowding h1.
+async fn crowded(mode: &str) -> Deployment {
+    let deployment = Deployment::new("observe").await;
+    deployment.up("alpha", &ALPHA).await;
+    deployment.up("beta", &BETA).await;
+    deployment.busy(&RANKS);
+    deployment.busy(&["beta-c1", "beta-c2"]);
+    let mode = if mode == "act" { Mode::Act } else { Mode::DryRun };
+    // Act on the whole picture only: the manager sees all demands before it may.
+    deployment
+        .until("demands are seen", |deployment| match deployment.ask_blocking(&AdaptRequest::VmList) {
+            Ok(AdaptReply::Vms(vms)) => vms.iter().filter(|vm| vm.smoothed_demand > 0.75).count() == 6,
+            _ => false,
+        })
+        .await;
+    deployment.ask(AdaptRequest::SetMode(mode)).await.unwrap();
+    deployment
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_environment_comes_up_as_a_whole_and_goes_without_a_trace() {
+    use std::os::unix::fs::PermissionsExt;
+    let mut deployment = Deployment::new("act").await;
+
+    deployment.up("alpha", &[]).await;
+
+    let key = deployment.directory.path().join("keys/alpha");
+    assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(std::fs::read_to_string(&key).unwrap().contains("OPENSSH PRIVATE KEY"));
+    let AdaptReply::Environments(list) = deployment.ask_blocking(&AdaptRequest::EnvList).unwrap() else { panic!() };
+    assert_eq!(list[0].vms.len(), 5);
+    let access = deployment.ask(AdaptRequest::Access { environment: "alpha".parse().unwrap() }).await.unwrap();
+    assert!(matches!(access, AdaptReply::Access { host, .. } if host == *list[0].vms[4].host.as_ref().unwrap()));
+    deployment.ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() }).await.unwrap();
+    assert!(deployment.table.lock().unwrap().vms.values().all(std::collections::BTreeMap::is_empty));
+    assert!(!key.exists());
+    assert!(deployment.terminate(), "{}", deployment.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_environment_that_cannot_start_whole_does_not_start() {
+    let deployment = Deployment::new("act").await;
+    deployment.fail("h1", "start", "alpha-c2");
+    let text = std::fs::read_to_string(format!("{}/../configs/environments/alpha.toml", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let spec = EnvironmentSpec::parse(&text).unwrap();
+    let placement = ALPHA.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
+
+    let words = deployment.ask(AdaptRequest::EnvUp { spec, placement, image: None }).await.unwrap_err();
+
+    assert!(words.contains("alpha-c2 was not started on h1: start of alpha-c2 was made to fail"), "{words}");
+    assert!(deployment.table.lock().unwrap().vms.values().all(std::collections::BTreeMap::is_empty));
+    assert_eq!(deployment.ask_blocking(&AdaptRequest::EnvList), Ok(AdaptReply::Environments(Vec::new())));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowded_host_sheds_one_vm_and_a_full_domain_an_environment() {
+    let deployment = crowded("act").await;
+    let mut watch = violin_channel::local::watch::<_, AdaptReply>(&deployment.socket(), &AdaptRequest::Watch).await.unwrap();
+
+    deployment.until("one move is done", |deployment| deployment.moved().len() == 1 && deployment.nothing_moves()).await;
+    assert_eq!(deployment.moved(), ["beta-c1 h1 h2"]);
+    deployment.busy(&["beta-c3", "beta-c4"]);
+    deployment.until("the gang has moved", |deployment| deployment.moved().len() == 5 && deployment.nothing_moves()).await;
+
+    let moves = ["beta-c1 h1 h2", "beta-c1 h2 h3", "beta-c2 h1 h3", "beta-c3 h1 h3", "beta-c4 h1 h3"];
+    assert_eq!(deployment.moved(), moves);
+    let migrations = deployment.migrations();
+    assert!(migrations[1..].iter().all(|seen| seen.gang.as_ref().is_some_and(|gang| gang.as_str() == "beta")));
+    assert!(migrations.iter().all(|seen| seen.decision.is_some() && !seen.terms.is_empty() && seen.source.is_some()));
+    let mut told = Vec::new();
+    while told.len() < 4 {
+        match watch.next().await {
+            Some(Ok(AdaptReply::Event(Event::Decided(seen)))) if !seen.moves.is_empty() => told.push("decided"),
+            Some(Ok(AdaptReply::Event(Event::Announced(seen)))) => {
+                assert_eq!(seen.vm.as_str(), "beta-c1");
+                told.push("announced");
+            }
+            Some(Ok(AdaptReply::Event(Event::Began(_)))) => told.push("began"),
+            Some(Ok(AdaptReply::Event(Event::Ended(_)))) => told.push("ended"),
+            Some(Ok(_)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(told, ["decided", "announced", "began", "ended"]);
+    let AdaptReply::Words(why) = deployment.ask_blocking(&AdaptRequest::Why { vm: "beta-c1".parse().unwrap() }).unwrap() else {
+        panic!()
+    };
+    assert!(why.contains("beta-c1 is on h3") && why.contains("spread of host scores"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_decides_and_moves_nothing() {
+    let deployment = crowded("dry-run").await;
+
+    deployment
+        .until("a decision", |deployment| match deployment.ask_blocking(&AdaptRequest::DecisionList { last: 9 }) {
+            Ok(AdaptReply::Decisions(list)) => list.iter().any(|seen| seen.moves == ["beta-c1 from h1 to h2"]),
+            _ => false,
+        })
+        .await;
+
+    assert!(deployment.migrations().is_empty());
+    assert_eq!(deployment.running("beta-c1"), ["h1"]);
+}
+
+/// Kills the manager while a command is being carried out, in each state of a move.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_killed_in_any_state_finishes_or_undoes_the_move() {
+    for (host, kind) in [("h2", "prepare"), ("h1", "migrate"), ("h2", "finish")] {
+        let mut deployment = crowded("act").await;
+        deployment.hold(host, kind);
+        deployment.until_reached(host, kind).await;
+
+        deployment.kill();
+        deployment.release();
+        deployment.start();
+        deployment
+            .until("the move has ended", |deployment| {
+                !deployment.migrations().is_empty() && deployment.nothing_moves() && deployment.halves().is_empty()
+            })
+            .await;
+
+        assert_eq!(deployment.running("beta-c1").len(), 1, "killed at {kind}: {}", deployment.log());
+        let seen = &deployment.migrations()[0];
+        let there = deployment.running("beta-c1") == ["h2"];
+        assert_eq!(seen.outcome == Outcome::Done, there, "killed at {kind}: {seen:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_killed_between_the_moves_of_a_gang_goes_on_with_it() {
+    let mut deployment = crowded("act").await;
+    deployment.ask(AdaptRequest::SetMode(Mode::Observe)).await.unwrap();
+    deployment.until("nothing moves", |deployment| deployment.nothing_moves()).await;
+    deployment.hold("h1", "migrate");
+    let socket = deployment.socket();
+    let request = AdaptRequest::EnvMove { environment: "beta".parse().unwrap(), to: "d2".parse().unwrap() };
+    let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
+    deployment.until_reached("h1", "migrate").await;
+
+    deployment.kill();
+    deployment.release();
+    deployment.start();
+    deployment.until("the gang is there", |deployment| deployment.nothing_moves() && deployment.halves().is_empty()).await;
+
+    let _ = asking.await;
+    for vm in ["beta-c1", "beta-c2", "beta-c3", "beta-c4"] {
+        assert_eq!(deployment.running(vm), ["h3"], "{}", deployment.log());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gang_that_fails_half_way_returns() {
+    let deployment = crowded("act").await;
+    deployment.ask(AdaptRequest::SetMode(Mode::Observe)).await.unwrap();
+    deployment.until("nothing moves", |deployment| deployment.nothing_moves()).await;
+    let was: Vec<_> = RANKS.map(|vm| deployment.running(vm)).to_vec();
+    deployment.fail("h3", "prepare", "alpha-c3");
+
+    let request = AdaptRequest::EnvMove { environment: "alpha".parse().unwrap(), to: "d2".parse().unwrap() };
+    let AdaptReply::Migrations(list) = deployment.ask(request).await.unwrap() else { panic!() };
+
+    assert_eq!(RANKS.map(|vm| deployment.running(vm)).to_vec(), was);
+    assert!(deployment.halves().is_empty());
+    let told: Vec<_> = list
+        .iter()
+        .map(|seen| {
+            format!("{} {} {} {}", seen.vm, seen.from, seen.to, if seen.outcome == Outcome::Done { "done" } else { "undone" })
+        })
+        .collect();
+    assert_eq!(
+        told,
+        [
+            "alpha-c1 h1 h3 done",
+            "alpha-c2 h1 h3 done",
+            "alpha-c3 h2 h3 undone",
+            "alpha-c4 h2 h3 undone",
+            "alpha-c1 h3 h1 done",
+            "alpha-c2 h3 h1 done",
+        ]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_migration_leaves_the_vm_where_it_was_and_nothing_at_the_destination() {
+    let deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    deployment.fail("h1", "migrate", "alpha-c1");
+
+    let request = AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h3".parse().unwrap() };
+    let AdaptReply::Migrations(list) = deployment.ask(request).await.unwrap() else { panic!() };
+
+    assert!(matches!(&list[0].outcome, Outcome::Undone(why) if why.contains("made to fail")), "{list:?}");
+    assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+    assert!(deployment.halves().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_monitor_lost_in_the_middle_of_a_move_is_asked_when_it_is_back() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    deployment.hold("h1", "migrate");
+    let socket = deployment.socket();
+    let request = AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h3".parse().unwrap() };
+    let asking = tokio::spawn(async move {
+        let mut lines = violin_channel::local::watch::<_, AdaptReply>(&socket, &request).await.unwrap();
+        while let Some(line) = lines.next().await {
+            if let Ok(AdaptReply::Migrations(list)) = line {
+                return list;
+            }
+        }
+        panic!("no answer");
+    });
+    deployment.until_reached("h1", "migrate").await;
+
+    deployment.kill_monitor("h1");
+    deployment.release();
+    deployment.start_monitor("h1");
+    let list = asking.await.unwrap();
+
+    assert_eq!(list[0].outcome, Outcome::Done, "{}", deployment.log());
+    assert_eq!(deployment.running("alpha-c1"), ["h3"]);
+    assert!(deployment.halves().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_environment_half_started_by_a_killed_manager_is_ended() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.hold("h2", "start");
+    let socket = deployment.socket();
+    let text = std::fs::read_to_string(format!("{}/../configs/environments/alpha.toml", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let spec = EnvironmentSpec::parse(&text).unwrap();
+    let placement = ALPHA.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
+    let request = AdaptRequest::EnvUp { spec, placement, image: None };
+    let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
+    deployment.until_reached("h2", "start").await;
+
+    deployment.kill();
+    deployment.release();
+    deployment.start();
+    deployment
+        .until("nothing is left of it", |deployment| {
+            let table = deployment.table.lock().unwrap();
+            let none = table.vms.values().all(std::collections::BTreeMap::is_empty);
+            drop(table);
+            none && deployment.ask_blocking(&AdaptRequest::EnvList) == Ok(AdaptReply::Environments(Vec::new()))
+        })
+        .await;
+
+    let _ = asking.await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_moved_is_refused_in_words() {
+    let deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    let migrate = |vm: &str, to: &str| AdaptRequest::VmMigrate { vm: vm.parse().unwrap(), to: to.parse().unwrap() };
+
+    for (request, wanted) in [
+        (migrate("alpha-head", "h3"), "home domain"),
+        (migrate("alpha-c9", "h3"), "alpha-c9"),
+        (migrate("alpha-c1", "h9"), "no host h9"),
+        (migrate("alpha-c1", "h1"), "on h1 already"),
+        (AdaptRequest::EnvMove { environment: "gamma".parse().unwrap(), to: "d2".parse().unwrap() }, "gamma"),
+        (AdaptRequest::EnvDown { environment: "gamma".parse().unwrap() }, "gamma"),
+    ] {
+        let words = deployment.ask(request).await.unwrap_err();
+        assert!(words.contains(wanted), "{words}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_manager_on_the_same_journal_does_not_start() {
+    let deployment = Deployment::new("act").await;
+
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_adaptd"))
+        .arg("--config")
+        .arg(deployment.directory.path().join("adaptd.toml"))
+        .output()
+        .unwrap();
+
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("journal"), "{}", String::from_utf8_lossy(&output.stderr));
+}

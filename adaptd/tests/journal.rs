@@ -1,0 +1,161 @@
+//! What the journal's records add up to, read again from bytes.
+
+use adaptd::plan::{Origin, Plan, planned};
+use adaptd::policy::Move;
+use adaptd::records::{Keys, Life, Record, RecordV1, State, StoredEnvironment};
+use std::collections::BTreeMap;
+use violin_common::api::adapt::{Migration, Outcome};
+use violin_common::config::environment::EnvironmentSpec;
+use violin_common::control::monitor::MigrationMode;
+use violin_common::{Epoch, Instant, VmId};
+
+fn environment() -> StoredEnvironment {
+    let spec = EnvironmentSpec::parse(include_str!("../../configs/environments/alpha.toml")).unwrap();
+    let placement = spec.nodes().unwrap().into_iter().map(|node| (node.vm, "h1".parse().unwrap())).collect();
+    let keys = Keys { public: "ssh-ed25519 AAAA violin-alpha".into(), private: "secret".into() };
+    StoredEnvironment { spec, home: "d1".parse().unwrap(), image: None, placement, keys }
+}
+
+fn migration(number: u64, outcome: Outcome, ended: Option<Instant>) -> Migration {
+    Migration {
+        number,
+        vm: "alpha-c1".parse().unwrap(),
+        from: "h1".parse().unwrap(),
+        to: "h2".parse().unwrap(),
+        from_domain: "d1".parse().unwrap(),
+        to_domain: "d1".parse().unwrap(),
+        gang: None,
+        decision: Some(1),
+        reason: "because".into(),
+        terms: Vec::new(),
+        driver: "sandbox".into(),
+        announced: Instant(5),
+        began: None,
+        ended,
+        outcome,
+        demand_before: 0.9,
+        source: None,
+        destination: None,
+    }
+}
+
+fn plan() -> Plan {
+    let moved = Move { vm: "alpha-c1".parse().unwrap(), from: "h1".parse().unwrap(), to: "h2".parse().unwrap() };
+    let moves = vec![planned(&moved, 1, MigrationMode::PreCopy)];
+    Plan { generation: 1, number: 1, origin: Origin::Policy, gang: None, parallel: 1, moves }
+}
+
+/// What a reader makes of the records after each of them went through bytes.
+fn replayed(records: &[RecordV1]) -> State {
+    let mut state = State::default();
+    for record in records {
+        let bytes = postcard::to_stdvec(&Record::V1(record.clone())).unwrap();
+        state.apply(&postcard::from_bytes(&bytes).unwrap());
+    }
+    state
+}
+
+fn story() -> Vec<RecordV1> {
+    let vm: VmId = "alpha-c1".parse().unwrap();
+    vec![
+        RecordV1::Generation { generation: 1, at: Instant(1) },
+        RecordV1::EnvironmentBegins(Box::new(environment())),
+        RecordV1::VmStarts { vm, epoch: Epoch::FIRST },
+        RecordV1::EnvironmentReady("alpha".parse().unwrap()),
+        RecordV1::PlanBegins { plan: Box::new(plan()), migrations: vec![migration(1, Outcome::Running, None)] },
+        RecordV1::StepBegins { migration: 1, step: 0, at: Instant(6) },
+        RecordV1::MoveEnded(Box::new(migration(1, Outcome::Done, Some(Instant(9))))),
+        RecordV1::PlanEnded { plan: 1 },
+    ]
+}
+
+#[test]
+fn every_prefix_reads_the_same_again() {
+    let story = story();
+    for end in 0..=story.len() {
+        assert_eq!(replayed(&story[..end]), replayed(&story[..end]));
+    }
+}
+
+#[test]
+fn a_moved_vm_is_at_its_destination_and_rests() {
+    let state = replayed(&story());
+
+    let vm = &state.vms[&"alpha-c1".parse().unwrap()];
+    assert_eq!((vm.host.as_str(), vm.moved), ("h2", Some(Instant(9))));
+    assert!(state.unfinished.is_empty());
+    assert_eq!(state.moving_to(&"alpha-c1".parse().unwrap()), None);
+}
+
+#[test]
+fn a_plan_without_an_end_is_unfinished_with_its_last_step() {
+    let state = replayed(&story()[..6]);
+
+    assert_eq!(state.unfinished[&1].steps, BTreeMap::from([(1, 0)]));
+    assert_eq!(state.moving_to(&"alpha-c1".parse().unwrap()), Some(&"h2".parse().unwrap()));
+    assert_eq!(state.vms[&"alpha-c1".parse().unwrap()].host.as_str(), "h1");
+}
+
+#[test]
+fn an_undone_move_leaves_the_vm_at_its_source_and_lets_it_rest() {
+    let mut story = story();
+    story[6] = RecordV1::MoveEnded(Box::new(migration(1, Outcome::Undone("no".into()), Some(Instant(9)))));
+
+    let state = replayed(&story);
+
+    let vm = &state.vms[&"alpha-c1".parse().unwrap()];
+    assert_eq!((vm.host.as_str(), vm.moved), ("h1", Some(Instant(9))));
+}
+
+#[test]
+fn a_vm_started_again_has_a_higher_incarnation() {
+    let mut story = story();
+    let name: violin_common::EnvironmentId = "alpha".parse().unwrap();
+    story.extend([RecordV1::EnvironmentEnds(name.clone()), RecordV1::EnvironmentGone(name.clone())]);
+    let gone = replayed(&story);
+    assert!(gone.vms.is_empty() && gone.ended.contains(&"alpha-c1".parse().unwrap()));
+
+    story.push(RecordV1::EnvironmentBegins(Box::new(environment())));
+    let state = replayed(&story);
+
+    let spec = &state.vms[&"alpha-c1".parse().unwrap()].spec;
+    assert_eq!(state.next_epoch(spec), Epoch { incarnation: 2, moves: 1 });
+    assert_eq!(state.next_epoch(&state.vms[&"alpha-c2".parse().unwrap()].spec), Epoch::FIRST);
+    assert!(!state.ended.contains(&"alpha-c1".parse().unwrap()));
+    assert_eq!(state.environments[&name].life, Life::Starting);
+}
+
+#[test]
+fn times_of_before_a_restart_of_the_machine_do_not_count() {
+    let mut story = story();
+    story.push(RecordV1::Generation { generation: 2, at: Instant(3) });
+
+    assert_eq!(replayed(&story).vms[&"alpha-c1".parse().unwrap()].moved, None);
+}
+
+#[test]
+fn a_private_key_is_not_printed() {
+    assert!(!format!("{:?}", environment()).contains("secret"));
+}
+
+#[test]
+fn the_guest_is_told_all_it_needs() {
+    let state = replayed(&story());
+
+    let config = &state.vms[&"alpha-c1".parse().unwrap()].spec.guest_config;
+
+    for line in [
+        "VIOLIN_NAME=c1",
+        "VIOLIN_VM=alpha-c1",
+        "VIOLIN_ENVIRONMENT=alpha",
+        "VIOLIN_ADDRESS=10.77.0.2/24",
+        "VIOLIN_MAC=52:54:00:77:00:02",
+        "VIOLIN_MTU=1400",
+        "VIOLIN_HOSTS=10.77.0.1 head;10.77.0.2 c1;10.77.0.3 c2;10.77.0.4 c3;10.77.0.5 c4",
+        "VIOLIN_CANARY=7001",
+        "VIOLIN_SSH_PUBLIC=ssh-ed25519 AAAA violin-alpha",
+        "VIOLIN_SSH_PRIVATE=c2VjcmV0",
+    ] {
+        assert!(config.lines().any(|got| got == line), "{line} is not in\n{config}");
+    }
+}
