@@ -1,0 +1,58 @@
+//! A whole lab: switches, monitors, the manager, guests in it. The programs are those in the folder `VIOLIN_BIN`.
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use support::{Standing, THREE, config, name, options, relay_entry as relay, remains, root};
+use violin_lab::{Guests, Layers, netns, status};
+
+#[test]
+#[ignore = "not a test: the relay of the lab below"]
+fn relay_entry() {
+    relay();
+}
+
+fn programs() -> Option<PathBuf> {
+    let folder = std::env::var_os("VIOLIN_BIN").map(PathBuf::from);
+    if folder.is_none() {
+        eprintln!("skipped: VIOLIN_BIN names no folder of programs (`make test` sets it)");
+    }
+    folder
+}
+
+fn accesses(environment: &str) -> usize {
+    let names = std::fs::read_dir(netns::NAMESPACES).unwrap().flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    names.filter(|netns| netns.starts_with(&format!("va-{environment}-"))).count()
+}
+
+#[test]
+fn nothing_is_left_of_a_lab_with_guests_and_a_killed_monitor() {
+    let Some(binaries) = programs().filter(|_| root()) else { return };
+    let mut config = config(&name("all"), THREE);
+    config.guests = Guests::Sandbox;
+    let mut options = options(Layers::All);
+    options.binaries.clone_from(&binaries);
+    let lab = Standing::up(&config, &options);
+    let name = lab.0.name.clone();
+    assert!(status(&name).unwrap().whole());
+    let environment = format!("t{}", std::process::id());
+    let file = lab.0.dir.join("environment.toml");
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/environments/alpha.toml");
+    let text = std::fs::read_to_string(example).unwrap().replace("name = \"alpha\"", &format!("name = \"{environment}\""));
+    std::fs::write(&file, text).unwrap();
+    let violin = |words: &[&str]| {
+        netns::run(Command::new(binaries.join("violin")).args(["--lab", &name]).args(words).stderr(Stdio::inherit())).unwrap()
+    };
+    violin(&["env", "up", &file.to_string_lossy()]);
+    assert_eq!(violin(&["ssh", &environment, "--", "hostname"]).trim(), "head");
+    assert_eq!(accesses(&environment), 1);
+
+    let monitord = lab.0.hosts[0].monitord.unwrap();
+    Command::new("kill").args(["-9", &monitord.pid.to_string()]).status().unwrap();
+    lab.down();
+
+    assert_eq!(remains(&name), BTreeSet::new());
+    assert_eq!(accesses(&environment), 0);
+}
