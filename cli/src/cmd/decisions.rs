@@ -1,0 +1,116 @@
+//! `decisions`, `migrations`, `why`, `mode`, `watch`: what the manager thinks and does.
+
+use crate::table::Output;
+use crate::target::Target;
+use anyhow::{Result, bail};
+use std::ops::ControlFlow;
+use violin_common::VmId;
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, DecisionSeen, Event, Migration, Mode};
+
+/// What the manager does with its decisions.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(crate) enum ModeWord {
+    /// Decide and act.
+    Act,
+    /// Decide, write down, do nothing.
+    DryRun,
+    /// Observe only.
+    Observe,
+}
+
+/// Shows or sets the mode.
+pub(crate) fn mode(target: &Target, output: Output, word: Option<ModeWord>) -> Result<()> {
+    if let Some(word) = word {
+        let mode = match word {
+            ModeWord::Act => Mode::Act,
+            ModeWord::DryRun => Mode::DryRun,
+            ModeWord::Observe => Mode::Observe,
+        };
+        target.ask(&AdaptRequest::SetMode(mode))?;
+    }
+    let AdaptReply::Status(status) = target.ask(&AdaptRequest::Status)? else { bail!("the manager answered another question") };
+    if output.json {
+        return output.value(&status);
+    }
+    println!(
+        "policy {}, mode {:?}, generation {}, {} hosts, {} VMs, {} moving (adaptd {})",
+        status.policy, status.mode, status.generation, status.hosts, status.vms, status.moving, status.version
+    );
+    Ok(())
+}
+
+/// Lists decisions.
+pub(crate) fn decisions(target: &Target, output: Output, last: u32) -> Result<()> {
+    let AdaptReply::Decisions(decisions) = target.ask(&AdaptRequest::DecisionList { last })? else {
+        bail!("the manager answered another question")
+    };
+    if output.json {
+        return output.value(&decisions);
+    }
+    for decision in &decisions {
+        print_decision(decision);
+    }
+    if decisions.is_empty() {
+        println!("no decisions yet");
+    }
+    Ok(())
+}
+
+fn print_decision(decision: &DecisionSeen) {
+    println!("decision {} ({}, {:?}): {}", decision.number, decision.policy, decision.mode, decision.reason);
+    for line in &decision.moves {
+        println!("  move    {line}");
+    }
+    for term in &decision.terms {
+        println!("  score   {} {:.3} -> {:.3} {}", term.name, term.before, term.after, term.unit);
+    }
+    for line in &decision.refusals {
+        println!("  refused {line}");
+    }
+}
+
+/// Lists moves.
+pub(crate) fn migrations(target: &Target, output: Output) -> Result<()> {
+    let AdaptReply::Migrations(migrations) = target.ask(&AdaptRequest::MigrationList)? else {
+        bail!("the manager answered another question")
+    };
+    super::vm::print_migrations(output, &migrations)
+}
+
+/// Tells why a VM is where it is.
+pub(crate) fn why(target: &Target, output: Output, vm: VmId) -> Result<()> {
+    let AdaptReply::Words(words) = target.ask(&AdaptRequest::Why { vm })? else { bail!("the manager answered another question") };
+    if output.json {
+        return output.value(&words);
+    }
+    println!("{words}");
+    Ok(())
+}
+
+/// Prints events as they happen.
+pub(crate) fn watch(target: &Target, output: Output) -> Result<()> {
+    target.stream(&AdaptRequest::Watch, |reply| {
+        let AdaptReply::Event(event) = reply else { return ControlFlow::Continue(()) };
+        if output.json {
+            match serde_json::to_string(&event) {
+                Ok(line) => println!("{line}"),
+                Err(error) => eprintln!("event not printable: {error}"),
+            }
+            return ControlFlow::Continue(());
+        }
+        let told = |word: &str, migration: &Migration| {
+            println!(
+                "{word} move {}: {} {} -> {} ({})",
+                migration.number, migration.vm, migration.from, migration.to, migration.reason
+            );
+        };
+        match &event {
+            Event::Decided(decision) => print_decision(decision),
+            Event::Announced(migration) => told("announced", migration),
+            Event::Began(migration) => told("began", migration),
+            Event::Ended(migration) => told("ended", migration),
+            Event::Host { host, connected } => println!("host {host} {}", if *connected { "connected" } else { "lost" }),
+        }
+        ControlFlow::Continue(())
+    })
+}

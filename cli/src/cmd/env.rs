@@ -1,0 +1,126 @@
+//! `env`: environments from their files.
+
+use crate::table::{Output, or_dash};
+use crate::target::Target;
+use anyhow::{Context, Result, bail};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, EnvironmentSeen};
+use violin_common::config::environment::EnvironmentSpec;
+use violin_common::control::monitor::ImageDigest;
+use violin_common::{DomainId, EnvironmentId, HostId};
+
+/// `violin env …`
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Env {
+    /// Start an environment and wait until all its VMs are ready.
+    Up {
+        /// Its file (configs/environments/*.toml are examples).
+        file: PathBuf,
+        /// Host for a node, for example `c1=h2`; may be repeated. The others are placed by free cores.
+        #[arg(long = "place", value_name = "NODE=HOST", value_parser = parse_place)]
+        placement: Vec<(String, HostId)>,
+        /// Digest of the image its VMs boot (default: the lab's).
+        #[arg(long)]
+        image: Option<String>,
+    },
+    /// End an environment: its VMs, its network, its access.
+    Down {
+        /// Its name.
+        environment: EnvironmentId,
+    },
+    /// Show environments and their VMs.
+    Status {
+        /// Only this one.
+        environment: Option<EnvironmentId>,
+    },
+    /// Move all compute nodes of an environment to another domain, as one gang.
+    Move {
+        /// Its name.
+        environment: EnvironmentId,
+        /// Domain they go to.
+        #[arg(long)]
+        to: DomainId,
+    },
+}
+
+fn parse_place(text: &str) -> Result<(String, HostId), String> {
+    let (node, host) = text.split_once('=').ok_or_else(|| format!("got {text:?}, want NODE=HOST such as c1=h2"))?;
+    Ok((node.to_owned(), host.parse().map_err(|error| format!("{error}"))?))
+}
+
+/// Runs `violin env …`.
+pub(crate) fn run(target: &Target, output: Output, command: Env) -> Result<()> {
+    match command {
+        Env::Up { file, placement, image } => {
+            let text = std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+            let spec = EnvironmentSpec::parse(&text).with_context(|| format!("in {}", file.display()))?;
+            let image = match image {
+                Some(image) => Some(ImageDigest::try_from(image)?),
+                None => target.lab_image()?,
+            };
+            let name = spec.name.clone();
+            let placement: BTreeMap<_, _> = placement.into_iter().collect();
+            target.follow(&AdaptRequest::EnvUp { spec, placement, image }, |words| eprintln!("{words}"))?;
+            output.words(&format!("environment {name} is up; enter it with: violin ssh {name}"));
+            Ok(())
+        }
+        Env::Down { environment } => {
+            target.follow(&AdaptRequest::EnvDown { environment: environment.clone() }, |words| eprintln!("{words}"))?;
+            output.words(&format!("environment {environment} is down"));
+            Ok(())
+        }
+        Env::Status { environment } => {
+            let environments = list(target)?;
+            let chosen: Vec<_> =
+                environments.into_iter().filter(|seen| environment.as_ref().is_none_or(|name| *name == seen.spec.name)).collect();
+            if let (Some(name), true) = (environment, chosen.is_empty()) {
+                bail!("no environment {name}; `violin env status` lists those there are");
+            }
+            if output.json {
+                return output.value(&chosen);
+            }
+            for seen in &chosen {
+                let network = &seen.spec.network;
+                println!(
+                    "environment {}: home {}, vni {}, {}/{}, {} VMs",
+                    seen.spec.name,
+                    seen.home,
+                    network.vni,
+                    network.address,
+                    network.prefix_len,
+                    seen.vms.len()
+                );
+                super::vm::print(output, &seen.vms)?;
+            }
+            if chosen.is_empty() {
+                println!("no environments; start one with: violin env up FILE");
+            }
+            Ok(())
+        }
+        Env::Move { environment, to } => {
+            match target.follow(&AdaptRequest::EnvMove { environment, to }, |words| eprintln!("{words}"))? {
+                AdaptReply::Migrations(migrations) => super::vm::finished(output, &migrations),
+                other => bail!("got {other:?}, want the moves' records"),
+            }
+        }
+    }
+}
+
+/// All environments.
+pub(crate) fn list(target: &Target) -> Result<Vec<EnvironmentSeen>> {
+    match target.ask(&AdaptRequest::EnvList)? {
+        AdaptReply::Environments(environments) => Ok(environments),
+        other => bail!("got {other:?}, want the list of environments"),
+    }
+}
+
+/// One environment by name.
+pub(crate) fn find(target: &Target, name: &EnvironmentId) -> Result<EnvironmentSeen> {
+    let environments = list(target)?;
+    let known = or_dash(Some(environments.iter().map(|seen| seen.spec.name.as_str()).collect::<Vec<_>>().join(", ")));
+    environments
+        .into_iter()
+        .find(|seen| seen.spec.name == *name)
+        .with_context(|| format!("got environment {name}, want one of: {known}"))
+}

@@ -1,0 +1,70 @@
+//! `pki`: certificates for a deployment that has no authority of its own.
+
+use crate::table::Output;
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use violin_channel::pki::{self, Pair};
+use violin_common::{DomainId, HostId};
+
+/// Common name of the authorities made here; the issuer in every certificate they sign.
+const AUTHORITY: &str = "violin";
+
+/// `violin pki …`
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Pki {
+    /// Make an authority: DIR/ca.pem (give it to every host) and DIR/ca.key (keep it).
+    Init {
+        /// Folder.
+        dir: PathBuf,
+    },
+    /// Make a host's certificate, signed by the authority in DIR: DIR/HOST.pem and DIR/HOST.key.
+    Host {
+        /// Folder of the authority.
+        dir: PathBuf,
+        /// Host, as in its switchd.toml; `adaptd` for the manager.
+        host: HostId,
+        /// Its domain.
+        #[arg(long)]
+        domain: DomainId,
+    },
+}
+
+/// Runs `violin pki …`.
+pub(crate) fn run(command: Pki, output: Output) -> Result<()> {
+    match command {
+        Pki::Init { dir } => {
+            if dir.join("ca.key").exists() {
+                bail!("{} has an authority already; certificates of a new one would not be accepted beside it", dir.display());
+            }
+            pki::write_pki(&dir, AUTHORITY, &[])?;
+            output.words(&format!("made {0}/ca.pem (for every host) and {0}/ca.key (keep it)", dir.display()));
+        }
+        Pki::Host { dir, host, domain } => {
+            let read = |name: &str| {
+                let path = dir.join(name);
+                std::fs::read_to_string(&path).with_context(|| {
+                    format!("cannot read {}: make an authority with `violin pki init {}`", path.display(), dir.display())
+                })
+            };
+            let authority = Pair { name: AUTHORITY.into(), certificate: read("ca.pem")?, key: read("ca.key")? };
+            let pair = pki::make_host_certificate(&authority, &host, &domain)?;
+            let files = pki::paths(&dir, &host);
+            write(&files.cert, &pair.certificate, 0o644)?;
+            write(&files.key, &pair.key, 0o600)?;
+            output.words(&format!("made {} and {} for {host} in {domain}", files.cert.display(), files.key.display()));
+        }
+    }
+    Ok(())
+}
+
+fn write(path: &Path, text: &str, mode: u32) -> Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(path)
+        .with_context(|| format!("cannot make {} (an existing file is not replaced)", path.display()))?;
+    Ok(file.write_all(text.as_bytes())?)
+}

@@ -1,0 +1,140 @@
+//! `ssh`, `cp`, `run`: into an environment, through its access namespace.
+
+use crate::target::Target;
+use anyhow::{Context, Result, bail};
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use violin_common::EnvironmentId;
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, EnvironmentSeen, VmListed};
+use violin_common::control::monitor::Role;
+
+/// An open way into one environment.
+#[derive(Debug)]
+pub(crate) struct Way {
+    environment: EnvironmentSeen,
+    netns: String,
+    key: PathBuf,
+}
+
+const SSH_OPTIONS: [&str; 10] = [
+    "-o",
+    "StrictHostKeyChecking=no",
+    "-o",
+    "UserKnownHostsFile=/dev/null",
+    "-o",
+    "LogLevel=ERROR",
+    "-o",
+    "ServerAliveInterval=15",
+    "-o",
+    "ConnectTimeout=20",
+];
+
+impl Way {
+    /// Opens the environment's access namespace (or finds it open).
+    pub(crate) fn open(target: &Target, name: &EnvironmentId) -> Result<Self> {
+        let environment = super::env::find(target, name)?;
+        let AdaptReply::Access { netns, .. } = target.ask(&AdaptRequest::Access { environment: name.clone() })? else {
+            bail!("the manager answered another question")
+        };
+        let socket = target.manager()?;
+        let key = socket.parent().context("the manager's socket has no folder")?.join("keys").join(name.as_str());
+        Ok(Self { environment, netns, key })
+    }
+
+    fn vm(&self, node: Option<&str>) -> Result<&VmListed> {
+        let prefix = format!("{}-", self.environment.spec.name);
+        self.environment
+            .vms
+            .iter()
+            .find(|vm| match node {
+                Some(node) => vm.vm.as_str().strip_prefix(&prefix) == Some(node) || vm.vm.as_str() == node,
+                None => vm.role == Role::Head,
+            })
+            .with_context(|| {
+                let nodes: Vec<_> = self.environment.vms.iter().filter_map(|vm| vm.vm.as_str().strip_prefix(&prefix)).collect();
+                format!("got node {:?}, want one of: {}", node.unwrap_or("(head)"), nodes.join(", "))
+            })
+    }
+
+    fn within(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.netns)).arg("--").arg(program).arg("-i").arg(&self.key).args(SSH_OPTIONS);
+        command
+    }
+
+    fn ssh(&self, address: Ipv4Addr) -> Command {
+        let mut command = self.within("ssh");
+        command.arg(format!("root@{address}"));
+        command
+    }
+}
+
+/// Opens a shell on a node, or runs a command there.
+pub(crate) fn ssh(target: &Target, environment: &EnvironmentId, node: Option<&str>, words: &[String]) -> Result<()> {
+    let way = Way::open(target, environment)?;
+    let mut command = way.ssh(way.vm(node)?.address);
+    command.args(words);
+    Err(command.exec()).context("cannot run nsenter (Debian package util-linux) and ssh (openssh-client)")
+}
+
+/// Copies a file into or out of a node: one side is `ENV:NODE:PATH`.
+pub(crate) fn copy(target: &Target, from: &str, to: &str) -> Result<()> {
+    let (remote, local, into) = match (from.split_once(':'), to.split_once(':')) {
+        (Some(remote), None) => (remote, to, false),
+        (None, Some(remote)) => (remote, from, true),
+        _ => bail!("got {from:?} and {to:?}, want a local path and ENV:NODE:PATH, in either order"),
+    };
+    let (node, path) = remote.1.split_once(':').with_context(|| format!("got {:?}, want ENV:NODE:PATH", remote.1))?;
+    let way = Way::open(target, &remote.0.parse()?)?;
+    let address = way.vm(Some(node))?.address;
+    let mut command = way.ssh(address);
+    let quoted = format!("'{}'", path.replace('\'', "'\\''"));
+    if into {
+        command.arg(format!("cat > {quoted}"));
+        command.stdin(std::fs::File::open(local).with_context(|| format!("cannot read {local}"))?);
+    } else {
+        command.arg(format!("cat {quoted}"));
+        command.stdout(std::fs::File::create(local).with_context(|| format!("cannot write {local}"))?).stdin(Stdio::null());
+    }
+    let status = command.status().context("cannot run nsenter and ssh")?;
+    if !status.success() {
+        bail!("copy failed: {status}");
+    }
+    Ok(())
+}
+
+/// Runs an MPI program over an environment's compute nodes, started from its head node.
+pub(crate) fn run(
+    target: &Target,
+    environment: &EnvironmentId,
+    ranks: Option<u32>,
+    directory: &str,
+    words: &[String],
+) -> Result<()> {
+    let way = Way::open(target, environment)?;
+    let mut hosts = String::new();
+    let mut slots = 0;
+    for vm in way.environment.vms.iter().filter(|vm| vm.role == Role::Compute) {
+        let node = vm.vm.as_str().rsplit('-').next().unwrap_or_default();
+        let vcpus = way.environment.spec.nodes()?.iter().find(|spec| spec.vm == vm.vm).map_or(1, |spec| spec.vcpus);
+        slots += vcpus;
+        writeln!(hosts, "{node} slots={vcpus}")?;
+    }
+    let network = &way.environment.spec.network;
+    let mask = format!("{}/{}", network.address, network.prefix_len);
+    let quoted: Vec<_> = words.iter().map(|word| format!("'{}'", word.replace('\'', "'\\''"))).collect();
+    let script = format!(
+        "file=$(mktemp) && printf '%s' '{hosts}' > $file && cd '{directory}' && \
+         mpirun --allow-run-as-root --hostfile $file -np {} --wdir '{directory}' \
+         --mca btl tcp,self --mca btl_tcp_if_include {mask} --mca oob_tcp_if_include {mask} {}; \
+         status=$?; rm -f $file; exit $status",
+        ranks.unwrap_or(slots),
+        quoted.join(" "),
+    );
+    let mut command = way.ssh(way.vm(None)?.address);
+    command.arg(script);
+    Err(command.exec()).context("cannot run nsenter (Debian package util-linux) and ssh (openssh-client)")
+}

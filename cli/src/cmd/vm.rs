@@ -1,0 +1,112 @@
+//! `host`, `vm`: what there is and where it runs.
+
+use crate::table::{Output, joined, or_dash, percent};
+use crate::target::Target;
+use anyhow::{Result, bail};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Migration, Outcome, VmListed};
+use violin_common::{HostId, VmId};
+
+/// `violin vm …`
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Vm {
+    /// List VMs: where they run and what they want.
+    List,
+    /// Move a VM to another host while it runs.
+    Migrate {
+        /// VM, for example alpha-c1.
+        vm: VmId,
+        /// Host it goes to.
+        #[arg(long)]
+        to: HostId,
+    },
+}
+
+/// Lists hosts.
+pub(crate) fn hosts(target: &Target, output: Output) -> Result<()> {
+    let AdaptReply::Hosts(hosts) = target.ask(&AdaptRequest::HostList)? else { bail!("the manager answered another question") };
+    output.list(
+        &hosts,
+        ["HOST", "DOMAIN", "CONNECTED", "DRIVER", "CORES", "WANTED", "SCORE", "MEMORY FREE", "SEEN", "VMS"],
+        |host| {
+            [
+                host.host.to_string(),
+                host.domain.to_string(),
+                if host.connected { "yes" } else { "no" }.to_owned(),
+                host.driver.clone(),
+                format!("{:.1}", host.cores),
+                format!("{:.2}", host.demand_cores),
+                format!("{:.2}", host.score),
+                format!("{} of {} MiB", host.memory_free_mib, host.memory_mib),
+                or_dash(host.age_s.map(|age| format!("{age:.1} s ago"))),
+                joined(&host.vms),
+            ]
+        },
+    )
+}
+
+/// Prints VMs as a table.
+pub(crate) fn print(output: Output, vms: &[VmListed]) -> Result<()> {
+    output.list(vms, ["VM", "ROLE", "ADDRESS", "HOST", "STATE", "RUN", "WAIT", "DEMAND", "SMOOTHED", "MOVING TO"], |vm| {
+        [
+            vm.vm.to_string(),
+            format!("{:?}", vm.role).to_lowercase(),
+            vm.address.to_string(),
+            or_dash(vm.host.as_ref()),
+            format!("{:?}", vm.state).to_lowercase(),
+            percent(vm.run),
+            percent(vm.wait),
+            percent(vm.demand),
+            percent(vm.smoothed_demand),
+            or_dash(vm.moving_to.as_ref()),
+        ]
+    })
+}
+
+/// Prints moves as a table.
+pub(crate) fn print_migrations(output: Output, migrations: &[Migration]) -> Result<()> {
+    output.list(migrations, ["NO", "VM", "FROM", "TO", "GANG", "TOTAL", "PAUSE", "OUTCOME", "REASON"], |migration| {
+        let total = migration.began.zip(migration.ended).map(|(began, ended)| ended.since(began));
+        let stopped = migration.source.as_ref().and_then(|source| source.stopped);
+        let resumed = migration.destination.as_ref().and_then(|destination| destination.resumed);
+        let pause = stopped.zip(resumed).map(|(stopped, resumed)| resumed.since(stopped));
+        [
+            migration.number.to_string(),
+            migration.vm.to_string(),
+            format!("{} ({})", migration.from, migration.from_domain),
+            format!("{} ({})", migration.to, migration.to_domain),
+            or_dash(migration.gang.as_ref()),
+            or_dash(total.map(|span| format!("{:.2} s", span.as_secs_f64()))),
+            or_dash(pause.map(|span| format!("{:.0} ms", span.as_secs_f64() * 1e3))),
+            match &migration.outcome {
+                Outcome::Running => "running".to_owned(),
+                Outcome::Done => "done".to_owned(),
+                Outcome::Undone(why) => format!("undone: {why}"),
+            },
+            migration.reason.clone(),
+        ]
+    })
+}
+
+/// Runs `violin vm …`.
+pub(crate) fn run(target: &Target, output: Output, command: Vm) -> Result<()> {
+    match command {
+        Vm::List => match target.ask(&AdaptRequest::VmList)? {
+            AdaptReply::Vms(vms) => print(output, &vms),
+            other => bail!("got {other:?}, want the list of VMs"),
+        },
+        Vm::Migrate { vm, to } => match target.follow(&AdaptRequest::VmMigrate { vm, to }, |words| eprintln!("{words}"))? {
+            AdaptReply::Migrations(migrations) => finished(output, &migrations),
+            other => bail!("got {other:?}, want the move's record"),
+        },
+    }
+}
+
+/// Prints moves that have ended; an error if one was undone, so that scripts see it.
+pub(crate) fn finished(output: Output, migrations: &[Migration]) -> Result<()> {
+    print_migrations(output, migrations)?;
+    let undone = migrations.iter().filter(|migration| migration.outcome != Outcome::Done).count();
+    if undone > 0 {
+        bail!("{undone} of {} moves did not happen; the VMs run where they were", migrations.len())
+    }
+    Ok(())
+}

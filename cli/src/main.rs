@@ -1,0 +1,152 @@
+//! `violin`: the operator's words.
+
+mod cmd;
+mod table;
+mod target;
+
+use clap::Parser as _;
+use std::process::ExitCode;
+use violin_common::{EnvironmentId, VmId, Vni};
+
+/// Isolated virtual clusters that span network domains and move themselves.
+///
+/// Talks to the manager (adaptd) over its Unix socket, or to one switch (switchd) with --switch-socket. Tables are for
+/// people; --json prints the same for programs.
+#[derive(Debug, clap::Parser)]
+#[command(version, max_term_width = 110)]
+struct Cli {
+    #[command(flatten)]
+    target: target::Target,
+    /// Print JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Hosts, domains, a WAN and guests on this one machine: for trying, testing, measuring.
+    #[command(subcommand)]
+    Lab(cmd::lab::Lab),
+    /// Environments: start, end, show, move.
+    #[command(subcommand)]
+    Env(cmd::env::Env),
+    /// Open a shell on a node of an environment, or run a command there.
+    Ssh {
+        /// Environment.
+        environment: EnvironmentId,
+        /// Node (default: the head node).
+        node: Option<String>,
+        /// Command and arguments.
+        #[arg(last = true)]
+        words: Vec<String>,
+    },
+    /// Copy a file: one of FROM and TO is ENV:NODE:PATH.
+    Cp {
+        /// From.
+        from: String,
+        /// To.
+        to: String,
+    },
+    /// Run an MPI program over an environment's compute nodes.
+    Run {
+        /// Environment.
+        environment: EnvironmentId,
+        /// MPI ranks (default: one a vCPU).
+        #[arg(long, short = 'n')]
+        ranks: Option<u32>,
+        /// Directory it runs in, on every node.
+        #[arg(long, default_value = "/root")]
+        directory: String,
+        /// Program and arguments.
+        #[arg(last = true, required = true)]
+        words: Vec<String>,
+    },
+    /// List hosts.
+    Host,
+    /// VMs: list, migrate.
+    #[command(subcommand)]
+    Vm(cmd::vm::Vm),
+    /// List the forwarding databases of the switches.
+    Fdb {
+        #[command(flatten)]
+        of: cmd::switch::Of,
+        /// Only this network.
+        #[arg(long, value_parser = parse_vni)]
+        vni: Option<Vni>,
+    },
+    /// List the ports of the switches.
+    Port(cmd::switch::Of),
+    /// List the peers of the switches.
+    Peer(cmd::switch::Of),
+    /// List the counters of the switches, drops with their reasons among them.
+    Counters {
+        #[command(flatten)]
+        of: cmd::switch::Of,
+        /// Those that are zero, too.
+        #[arg(long)]
+        all: bool,
+    },
+    /// Show what the manager decided, with scores and refusals.
+    Decisions {
+        /// How many at most.
+        #[arg(long, default_value_t = 20)]
+        last: u32,
+    },
+    /// List moves, ended and under way.
+    Migrations,
+    /// Tell why a VM is where it is.
+    Why {
+        /// VM.
+        vm: VmId,
+    },
+    /// Show or set what the manager does with its decisions.
+    Mode {
+        /// New mode.
+        mode: Option<cmd::decisions::ModeWord>,
+    },
+    /// Print decisions and moves as they happen.
+    Watch,
+    /// Certificates for a deployment that has no authority of its own.
+    #[command(subcommand)]
+    Pki(cmd::pki::Pki),
+}
+
+fn parse_vni(text: &str) -> Result<Vni, String> {
+    let number: u32 = text.parse().map_err(|_| format!("got {text:?}, want a number from 1 to 16777215"))?;
+    Vni::new(number).map_err(|error| error.to_string())
+}
+
+fn main() -> ExitCode {
+    let Cli { target, json, command } = Cli::parse();
+    let output = table::Output { json };
+    let result = match command {
+        Command::Lab(command) => cmd::lab::run(command, output),
+        Command::Env(command) => cmd::env::run(&target, output, command),
+        Command::Ssh { environment, node, words } => cmd::reach::ssh(&target, &environment, node.as_deref(), &words),
+        Command::Cp { from, to } => cmd::reach::copy(&target, &from, &to),
+        Command::Run { environment, ranks, directory, words } => {
+            cmd::reach::run(&target, &environment, ranks, &directory, &words)
+        }
+        Command::Host => cmd::vm::hosts(&target, output),
+        Command::Vm(command) => cmd::vm::run(&target, output, command),
+        Command::Fdb { of, vni } => cmd::switch::fdb(&target, output, of, vni),
+        Command::Port(of) => cmd::switch::ports(&target, output, of),
+        Command::Peer(of) => cmd::switch::peers(&target, output, of),
+        Command::Counters { of, all } => cmd::switch::counters(&target, output, of, all),
+        Command::Decisions { last } => cmd::decisions::decisions(&target, output, last),
+        Command::Migrations => cmd::decisions::migrations(&target, output),
+        Command::Why { vm } => cmd::decisions::why(&target, output, vm),
+        Command::Mode { mode } => cmd::decisions::mode(&target, output, mode),
+        Command::Pki(command) => cmd::pki::run(command, output),
+        Command::Watch => cmd::decisions::watch(&target, output),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("violin: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! What is claimed, in report.json and in a table, and the checks that would refute it.
+
+use crate::hpl::Finished;
+use crate::runs::{Recorded, Run};
+use crate::seed::Cast;
+use crate::stage::Stage;
+use crate::{Options, shell};
+use anyhow::{Context, Result};
+use comfy_table::{Table, presets};
+use serde::Serialize;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use violin_common::api::adapt::{Migration, Outcome, VmListed};
+use violin_common::control::monitor::Role;
+
+/// One move, as reported.
+#[derive(Debug, Clone, Serialize)]
+struct Moved {
+    vm: String,
+    from: String,
+    to: String,
+    from_domain: String,
+    to_domain: String,
+    cross_domain: bool,
+    gang: Option<String>,
+    driver: String,
+    reason: String,
+    terms: Value,
+    outcome: String,
+    /// First step to end.
+    total_ms: Option<f64>,
+    /// STOP at the source to RESUME at the destination, by the hypervisor's events, one clock.
+    downtime_ms: Option<f64>,
+    /// Last frame delivered at the source to first frame read at the destination, minus the pause.
+    blackout_ms: Option<f64>,
+    frames_received: Option<u64>,
+    frames_lost: Option<u64>,
+    frames_reordered: Option<u64>,
+    frames_duplicated: Option<u64>,
+    probe_error: Option<String>,
+    raw: Value,
+}
+
+/// A claim with its verdict.
+#[derive(Debug, Clone, Serialize)]
+struct Check {
+    claim: &'static str,
+    holds: bool,
+    saw: String,
+}
+
+/// The whole report.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    hpl: BTreeMap<&'static str, Finished>,
+    calm: Value,
+    migrations: Vec<Moved>,
+    gang: Option<Value>,
+    demand: Value,
+    tcp: Value,
+    probe: Value,
+    isolation: Value,
+    head_nodes_left_domain: usize,
+    seed: u64,
+    guests: &'static str,
+    crowded: String,
+    versions: BTreeMap<String, String>,
+    evidence: String,
+    checks: Vec<Check>,
+}
+
+fn moved(migration: &Migration, run: &Run) -> Moved {
+    let span_ms = |from: Option<violin_common::Instant>, to: Option<violin_common::Instant>| {
+        from.zip(to).map(|(from, to)| (to.0 as f64 - from.0 as f64) / 1e6)
+    };
+    let source = migration.source.clone().unwrap_or_default();
+    let destination = migration.destination.clone().unwrap_or_default();
+    let downtime_ms = span_ms(source.stopped, destination.resumed);
+    let gap_ms = span_ms(source.last_delivered, destination.first_read);
+    let probe = run.probes.get(&migration.number);
+    let received = probe.and_then(|probe| probe.as_ref().ok());
+    Moved {
+        vm: migration.vm.to_string(),
+        from: migration.from.to_string(),
+        to: migration.to.to_string(),
+        from_domain: migration.from_domain.to_string(),
+        to_domain: migration.to_domain.to_string(),
+        cross_domain: migration.from_domain != migration.to_domain,
+        gang: migration.gang.as_ref().map(ToString::to_string),
+        driver: migration.driver.clone(),
+        reason: migration.reason.clone(),
+        terms: json!(migration.terms),
+        outcome: format!("{:?}", migration.outcome),
+        total_ms: span_ms(migration.began, migration.ended),
+        downtime_ms,
+        blackout_ms: gap_ms.zip(downtime_ms).map(|(gap, pause)| gap - pause),
+        frames_received: received.map(|received| received.received),
+        frames_lost: received.map(|received| received.lost),
+        frames_reordered: received.map(|received| received.reordered),
+        frames_duplicated: received.map(|received| received.duplicated),
+        probe_error: match probe {
+            Some(Err(error)) => Some(error.clone()),
+            None => Some("no probe followed this move".to_owned()),
+            Some(Ok(_)) => None,
+        },
+        raw: json!({ "source": migration.source, "destination": migration.destination, "announced": migration.announced,
+                     "began": migration.began, "ended": migration.ended, "decision": migration.decision, "number": migration.number }),
+    }
+}
+
+fn demand(vms: &[VmListed]) -> Value {
+    vms.iter()
+        .map(|vm| {
+            (
+                vm.vm.to_string(),
+                json!({ "host": vm.host, "run": vm.run, "wait": vm.wait, "demand": vm.demand, "smoothed": vm.smoothed_demand }),
+            )
+        })
+        .collect::<serde_json::Map<_, _>>()
+        .into()
+}
+
+/// Puts the report together and judges it.
+pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage, recorded: &Recorded) -> Result<Report> {
+    let [calm, overloaded, adaptive] = recorded.runs.as_slice() else { anyhow::bail!("three runs were to be played") };
+    let migrations: Vec<Moved> = adaptive.migrations.iter().map(|migration| moved(migration, adaptive)).collect();
+    let done: Vec<&Migration> = adaptive.migrations.iter().filter(|migration| migration.outcome == Outcome::Done).collect();
+
+    let gang =
+        done.iter().find(|migration| migration.gang.is_some() && migration.from_domain != migration.to_domain).map(|first| {
+            let members: Vec<_> =
+                done.iter().filter(|other| other.gang == first.gang).map(|other| other.vm.to_string()).collect();
+            json!({ "environment": first.gang, "from": first.from_domain, "to": first.to_domain, "members": members })
+        });
+    let gang_size = gang.as_ref().and_then(|gang| gang["members"].as_array()).map_or(0, Vec::len);
+    let inside = done.iter().filter(|migration| migration.from_domain == migration.to_domain).count();
+    let heads: BTreeSet<_> = stage.vms()?.into_iter().filter(|vm| vm.role == Role::Head).map(|vm| vm.vm).collect();
+    let heads_moved = stage
+        .migrations()?
+        .iter()
+        .filter(|migration| heads.contains(&migration.vm) && migration.from_domain != migration.to_domain)
+        .count();
+
+    let transfers: Vec<_> =
+        recorded.runs.iter().flat_map(|run| run.transfers.iter().map(|transfer| (run.label, transfer))).collect();
+    let intact = transfers.iter().all(|(_, transfer)| transfer.intact && transfer.bytes > 0);
+    let covered = done.iter().filter(|migration| migration.vm.as_str().starts_with("beta-c")).count();
+    let leaked: u64 = recorded.canaries.values().map(|counts| counts.foreign).sum();
+    let underlay = &recorded.underlay;
+    let first_began = done.iter().filter_map(|migration| migration.began).map(|at| at.0).min();
+    let last_ended = done.iter().filter_map(|migration| migration.ended).map(|at| at.0).max();
+    let total = adaptive.ended_ns.saturating_sub(adaptive.began_ns) as f64;
+    let rest = last_ended.map(|ended| adaptive.ended_ns.saturating_sub(ended) as f64 / total);
+    let unprobed = migrations.iter().filter(|moved| moved.frames_received.unwrap_or(0) == 0).count();
+
+    let mut checks = Vec::new();
+    let mut check = |claim, holds, saw: String| checks.push(Check { claim, holds, saw });
+    for run in &recorded.runs {
+        check("HPL passed its residual check", run.hpl.passed, format!("{}: {}", run.label, run.hpl.passed));
+    }
+    check("the calm run shows no move", calm.migrations.is_empty(), format!("{} moves", calm.migrations.len()));
+    check("the overloaded run shows no move", overloaded.migrations.is_empty(), format!("{} moves", overloaded.migrations.len()));
+    check("VMs were moved inside a domain first", inside > 0, format!("{inside} moves inside a domain"));
+    check("then all compute nodes of one environment went to another domain", gang_size == 4, format!("a gang of {gang_size}"));
+    check(
+        "every move that began was done",
+        done.len() == adaptive.migrations.len(),
+        format!("{} of {}", done.len(), adaptive.migrations.len()),
+    );
+    check(
+        "the first move began after HPL had started",
+        first_began.is_some_and(|began| began > adaptive.began_ns),
+        format!("{:?} s after", first_began.map(|began| (began as f64 - adaptive.began_ns as f64) / 1e9)),
+    );
+    check(
+        "at least a fifth of the run followed the last move",
+        rest.is_some_and(|rest| rest >= 0.2),
+        format!("{rest:.2?} of the run"),
+    );
+    check(
+        "with adaptation HPL ended sooner",
+        adaptive.hpl.seconds < overloaded.hpl.seconds,
+        format!("{:.1} s against {:.1} s", adaptive.hpl.seconds, overloaded.hpl.seconds),
+    );
+    check("TCP connections stayed open and intact", intact, format!("{} connections", transfers.len()));
+    check("a VM with such a connection was moved", covered > 0, format!("{covered} moved"));
+    check("a corrupted transfer is noticed (control)", recorded.corruption_noticed, recorded.corruption_noticed.to_string());
+    check(
+        "every moved VM was probed",
+        unprobed == 0 && !migrations.is_empty(),
+        format!("{unprobed} of {} were not", migrations.len()),
+    );
+    check("a withheld probe frame is counted lost (control)", recorded.withheld_lost == 1, recorded.withheld_lost.to_string());
+    check("no foreign canary reached a guest", leaked == 0, leaked.to_string());
+    check("a planted foreign canary is counted (control)", recorded.planted_seen > 0, recorded.planted_seen.to_string());
+    check(
+        "on the underlay every canary travelled in its own network, none bare",
+        underlay.canaries > 0 && underlay.canaries_in_wrong_network == 0 && underlay.bare == 0,
+        format!("{} canaries in {} datagrams of networks {:?}", underlay.canaries, underlay.datagrams, underlay.by_vni.keys()),
+    );
+    check("head nodes stayed in their domain", heads_moved == 0, heads_moved.to_string());
+
+    Ok(Report {
+        hpl: recorded.runs.iter().map(|run| (run.label, run.hpl.clone())).collect(),
+        calm: json!({ "moves": calm.migrations.len() }),
+        migrations,
+        gang,
+        demand: recorded
+            .runs
+            .iter()
+            .map(|run| (run.label.to_owned(), json!({ "before": demand(&run.before), "after": demand(&run.after) })))
+            .collect::<serde_json::Map<_, _>>()
+            .into(),
+        tcp: json!({ "intact": intact, "control_failed": recorded.corruption_noticed,
+                     "transfers": transfers.iter().map(|(label, transfer)| json!({ "run": label, "transfer": transfer })).collect::<Vec<_>>() }),
+        probe: json!({ "control_lost": recorded.withheld_lost }),
+        isolation: json!({ "leaked_frames": leaked, "control_seen": recorded.planted_seen > 0, "planted_seen": recorded.planted_seen,
+                           "canaries": recorded.canaries, "underlay": underlay }),
+        head_nodes_left_domain: heads_moved,
+        seed,
+        guests: options.guests.word(),
+        crowded: cast.crowded.clone(),
+        versions: versions(options),
+        evidence: options.out.join("evidence").to_string_lossy().into_owned(),
+        checks,
+    })
+}
+
+/// Versions of what took part.
+fn versions(options: &Options) -> BTreeMap<String, String> {
+    let mut versions = BTreeMap::from([("violin".to_owned(), env!("CARGO_PKG_VERSION").to_owned())]);
+    let mut asked = vec![("kernel", "uname", "-r"), ("mpirun", "mpirun", "--version")];
+    if options.guests == crate::Guests::Qemu {
+        asked.extend([("qemu", "qemu-system-x86_64", "--version"), ("libvirt", "libvirtd", "--version")]);
+    }
+    for (name, program, flag) in asked {
+        let output = std::process::Command::new(program).arg(flag).output();
+        let line = output
+            .ok()
+            .and_then(|output| String::from_utf8(output.stdout).ok())
+            .and_then(|text| text.lines().next().map(str::to_owned));
+        versions.insert(name.to_owned(), line.unwrap_or_else(|| "unknown".to_owned()));
+    }
+    versions
+}
+
+/// Writes report.json and the evidence, prints the summary; whether every check held.
+pub(crate) fn publish(options: &Options, report: &Report) -> Result<bool> {
+    let path = options.out.join("report.json");
+    std::fs::write(&path, serde_json::to_string_pretty(report)?).with_context(|| format!("cannot write {}", path.display()))?;
+
+    let mut runs = Table::new();
+    runs.load_style(presets::NOTHING).set_header(["RUN", "HPL", "GFLOP/S", "SECONDS", "HPL'S OWN"]);
+    for label in ["calm", "overloaded", "adaptive"] {
+        if let Some(hpl) = report.hpl.get(label) {
+            let passed = if hpl.passed { "PASSED" } else { "FAILED" };
+            runs.add_row([
+                label,
+                passed,
+                &format!("{:.4}", hpl.gflops),
+                &format!("{:.1}", hpl.seconds),
+                &format!("{:.1}", hpl.own_seconds),
+            ]);
+        }
+    }
+    println!("\n{runs}\n");
+
+    let ms = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1} ms"));
+    let count = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), |count| count.to_string());
+    let mut moves = Table::new();
+    moves.load_style(presets::NOTHING).set_header([
+        "MOVED",
+        "FROM",
+        "TO",
+        "TOTAL",
+        "PAUSE",
+        "BLACK-OUT",
+        "LOST",
+        "REORDERED",
+        "WHY",
+    ]);
+    for moved in &report.migrations {
+        moves.add_row([
+            moved.vm.clone(),
+            format!("{} ({})", moved.from, moved.from_domain),
+            format!("{} ({})", moved.to, moved.to_domain),
+            ms(moved.total_ms),
+            ms(moved.downtime_ms),
+            ms(moved.blackout_ms),
+            count(moved.frames_lost),
+            count(moved.frames_reordered),
+            moved.reason.clone(),
+        ]);
+    }
+    println!("{moves}\n");
+
+    let mut held = true;
+    for check in &report.checks {
+        held &= check.holds;
+        println!("  {} {} ({})", if check.holds { "ok  " } else { "FAIL" }, check.claim, check.saw);
+    }
+    println!();
+    shell::say(&format!("report: {}; {}", path.display(), if held { "every check held" } else { "not every check held" }));
+    Ok(held)
+}

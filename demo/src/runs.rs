@@ -1,0 +1,286 @@
+//! The three runs of HPL, alike but for the crowd and for what the manager may do.
+
+use crate::capture::{Capture, Seen};
+use crate::hpl::{self, Running};
+use crate::prober::{self, Prober, Received};
+use crate::seed::{COMPUTE, Cast};
+use crate::shell::{self, Held};
+use crate::stage::Stage;
+use crate::transfers::{self, Transfer, Transfers};
+use crate::{Guests, Options};
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+use violin_common::api::adapt::{AdaptRequest, Migration, Mode, VmListed};
+
+/// Demand below which a VM counts as idle before a run.
+const IDLE: f64 = 0.2;
+
+/// What a guest counted of canaries.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct Canaries {
+    /// Sent by it.
+    pub(crate) sent: u64,
+    /// Received with its own environment's tag.
+    pub(crate) own: u64,
+    /// Received with another tag.
+    pub(crate) foreign: u64,
+}
+
+/// One run.
+#[derive(Debug, Serialize)]
+pub(crate) struct Run {
+    /// `calm`, `overloaded`, `adaptive`.
+    pub(crate) label: &'static str,
+    /// HPL's result.
+    pub(crate) hpl: hpl::Finished,
+    /// Host's monotonic clock when HPL started and ended, in nanoseconds.
+    pub(crate) began_ns: u64,
+    /// See above.
+    pub(crate) ended_ns: u64,
+    /// Connections inside beta.
+    pub(crate) transfers: Vec<Transfer>,
+    /// Moves the manager made during the run.
+    #[serde(skip)]
+    pub(crate) migrations: Vec<Migration>,
+    /// What moved VMs received of the prober's frames, by the move's number.
+    #[serde(skip)]
+    pub(crate) probes: BTreeMap<u64, Result<Received, String>>,
+    /// All VMs just before the first move, or (without moves) in the middle of the crowd.
+    #[serde(skip)]
+    pub(crate) before: Vec<VmListed>,
+    /// All VMs at the end.
+    #[serde(skip)]
+    pub(crate) after: Vec<VmListed>,
+}
+
+/// Everything that was seen.
+#[derive(Debug)]
+pub(crate) struct Recorded {
+    pub(crate) runs: Vec<Run>,
+    /// Canaries counted by every guest before any foreign one was planted.
+    pub(crate) canaries: BTreeMap<String, Canaries>,
+    /// Foreign canaries counted after one was planted.
+    pub(crate) planted_seen: u64,
+    /// Probe frames counted lost when one was withheld.
+    pub(crate) withheld_lost: u64,
+    /// Whether a corrupted transfer was noticed.
+    pub(crate) corruption_noticed: bool,
+    /// What the underlay carried during the adaptive run.
+    pub(crate) underlay: Seen,
+}
+
+/// Plays all runs and the positive controls.
+pub(crate) fn play(options: &Options, stage: &Stage, cast: &Cast) -> Result<Recorded> {
+    let evidence = options.out.join("evidence");
+    stage.ask(&AdaptRequest::SetMode(Mode::Observe))?;
+    let target = if options.guests == Guests::Qemu { 54.0 } else { 10.0 };
+    let n = hpl::calibrate(&stage.operator, target, &evidence)?;
+
+    let calm = run(options, stage, "calm", n, Mode::Act, None)?;
+    let crowd = (!options.no_crowd).then_some(cast);
+    let schedule = Schedule::of(calm.hpl.seconds, options.guests);
+    let overloaded = run(options, stage, "overloaded", n, Mode::DryRun, crowd.map(|cast| (cast, schedule)))?;
+
+    let host = stage.lab.hosts.first().context("the lab has no host")?;
+    let capture = Capture::start(&host.netns_path(), &host.underlay_interface, host.mesh_port, &evidence.join("underlay.pcap"))?;
+    let mode = if options.dry_run { Mode::DryRun } else { Mode::Act };
+    let adaptive = run(options, stage, "adaptive", n, mode, crowd.map(|cast| (cast, schedule)))?;
+    let underlay = capture.finish()?;
+
+    shell::say("counting canaries, then planting one that must be counted, withholding one probe frame, corrupting one transfer");
+    stage.ask(&AdaptRequest::SetMode(Mode::Observe))?;
+    let canaries = count_canaries(stage)?;
+    let planted_seen = planted(stage, &canaries)?;
+    let withheld_lost = prober::withheld_is_counted(&stage.operator, &stage.ways, &evidence)?;
+    let corruption_noticed = transfers::corrupted_is_noticed(&stage.operator)?;
+    Ok(Recorded { runs: vec![calm, overloaded, adaptive], canaries, planted_seen, withheld_lost, corruption_noticed, underlay })
+}
+
+/// When the crowd comes, in seconds after HPL's start; the same in both overloaded runs.
+#[derive(Debug, Clone, Copy)]
+struct Schedule {
+    first: f64,
+    later: f64,
+}
+
+impl Schedule {
+    /// Moving a QEMU VM takes seconds, a sandbox guest a tenth of one: so that the moves are over while HPL still runs, the
+    /// second crowd comes earlier among QEMU VMs.
+    fn of(calm_seconds: f64, guests: Guests) -> Self {
+        let later = if guests == Guests::Qemu { 0.14 } else { 0.25 };
+        Self { first: 0.06 * calm_seconds, later: later * calm_seconds }
+    }
+}
+
+fn run(
+    options: &Options,
+    stage: &Stage,
+    label: &'static str,
+    n: u32,
+    mode: Mode,
+    crowd: Option<(&Cast, Schedule)>,
+) -> Result<Run> {
+    let evidence = options.out.join("evidence");
+    let operator = &stage.operator;
+    shell::say(&format!("{label}: waiting until all VMs are idle"));
+    shell::wait_for("all VMs to be idle", Duration::from_secs(120), || {
+        Ok(stage.vms()?.iter().all(|vm| vm.smoothed_demand < IDLE))
+    })?;
+    let earlier = stage.migrations()?.len();
+    stage.ask(&AdaptRequest::SetMode(mode))?;
+    let prober = Prober::start(operator, &stage.manager, stage.ways.clone(), &evidence);
+    let port = match label {
+        "calm" => 5001,
+        "overloaded" => 5002,
+        _ => 5003,
+    };
+    let transfers = Transfers::start(operator, port)?;
+
+    shell::say(&format!("{label}: HPL starts, N = {n}, on alpha's compute nodes"));
+    let began_ns = monotonic_ns()?;
+    let hpl = Running::start(operator, n, &evidence.join(format!("hpl-{label}.log")))?;
+    let mut crowd_state = CrowdState { operator, cast: crowd, burning: Vec::new(), phase: 0 };
+    let mut timeline = Timeline::create(stage, evidence.join(format!("vms-{label}.jsonl")), earlier)?;
+    let result = hpl.wait(operator, &evidence.join(format!("hpl-{label}.txt")), Duration::from_secs(900), |elapsed| {
+        crowd_state.advance(elapsed)?;
+        timeline.sample(elapsed)
+    });
+    let ended_ns = monotonic_ns()?;
+    let after = stage.vms()?;
+    crowd_state.disperse();
+    let hpl = result?;
+    // What the manager decided during the run may still be under way.
+    shell::wait_for("moves under way to end", Duration::from_secs(180), || {
+        Ok(stage.migrations()?.iter().all(|migration| migration.ended.is_some()))
+    })?;
+    stage.ask(&AdaptRequest::SetMode(Mode::Observe))?;
+    let probes = prober.finish();
+    let transfers = transfers.finish()?;
+    let migrations = stage.migrations()?.split_off(earlier);
+    shell::say(&format!(
+        "{label}: HPL took {:.1} s ({} at {:.3} Gflop/s), {} moves",
+        hpl.seconds,
+        if hpl.passed { "PASSED" } else { "FAILED" },
+        hpl.gflops,
+        migrations.len()
+    ));
+    Ok(Run { label, hpl, began_ns, ended_ns, transfers, migrations, probes, before: timeline.before, after })
+}
+
+/// Guests of beta that really compute.
+#[derive(Debug)]
+struct CrowdState<'a> {
+    operator: &'a shell::Operator,
+    cast: Option<(&'a Cast, Schedule)>,
+    burning: Vec<(String, Held)>,
+    phase: u8,
+}
+
+impl CrowdState<'_> {
+    fn advance(&mut self, elapsed: f64) -> Result<()> {
+        let Some((cast, schedule)) = self.cast else { return Ok(()) };
+        let due = match self.phase {
+            0 if elapsed >= schedule.first => &cast.first,
+            1 if elapsed >= schedule.later => &cast.later,
+            _ => return Ok(()),
+        };
+        self.phase += 1;
+        shell::say(&format!("beta's {} on {} start to compute", due.join(" and "), cast.crowded));
+        for node in due {
+            let mut command = self.operator.on("beta", node, &["violin-probe", "burn", "--seconds", "3600"]);
+            command.stdout(Stdio::null()).stderr(Stdio::null());
+            self.burning.push((node.clone(), Held::spawn(&mut command)?));
+        }
+        Ok(())
+    }
+
+    fn disperse(&mut self) {
+        for (node, held) in self.burning.drain(..) {
+            if let Err(error) = self.operator.on_run("beta", &node, &["pkill -f 'violin-probe burn'"]) {
+                shell::say(&format!("beta's {node} may still compute: {error:#}"));
+            }
+            drop(held);
+        }
+    }
+}
+
+/// The VMs once a second, kept as evidence.
+struct Timeline<'a> {
+    stage: &'a Stage,
+    file: std::fs::File,
+    next: f64,
+    earlier: usize,
+    before: Vec<VmListed>,
+    moved: bool,
+}
+
+impl<'a> Timeline<'a> {
+    fn create(stage: &'a Stage, path: PathBuf, earlier: usize) -> Result<Self> {
+        let file = std::fs::File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self { stage, file, next: 0.0, earlier, before: Vec::new(), moved: false })
+    }
+
+    fn sample(&mut self, elapsed: f64) -> Result<()> {
+        if elapsed < self.next {
+            return Ok(());
+        }
+        self.next = elapsed + 1.0;
+        let vms = self.stage.vms()?;
+        writeln!(self.file, "{}", serde_json::json!({ "elapsed": elapsed, "vms": vms }))?;
+        self.moved |= self.stage.migrations()?.len() > self.earlier;
+        if !self.moved {
+            self.before = vms;
+        }
+        Ok(())
+    }
+}
+
+fn count_canaries(stage: &Stage) -> Result<BTreeMap<String, Canaries>> {
+    let mut all = BTreeMap::new();
+    for environment in ["alpha", "beta"] {
+        for node in COMPUTE.iter().chain(&["head"]) {
+            let text = stage.operator.on_run(environment, node, &["violin-probe", "counts"])?;
+            let counts: Canaries =
+                serde_json::from_str(text.trim()).with_context(|| format!("canaries of {environment}-{node}: {text:?}"))?;
+            all.insert(format!("{environment}-{node}"), counts);
+        }
+    }
+    if all.values().any(|counts| counts.own == 0) {
+        bail!("a guest received no canary of its own environment: the count of foreign ones would prove nothing ({all:?})");
+    }
+    Ok(all)
+}
+
+/// The positive control: alpha's head sends one canary with beta's tag. How many foreign ones alpha's guests count now.
+fn planted(stage: &Stage, before: &BTreeMap<String, Canaries>) -> Result<u64> {
+    stage.operator.on_run("alpha", "head", &["violin-probe", "plant-foreign", "--tag", "65000"])?;
+    let mut seen = 0;
+    shell::wait_for("the planted canary to be counted", Duration::from_secs(10), || {
+        seen = 0;
+        for node in COMPUTE {
+            let text = stage.operator.on_run("alpha", node, &["violin-probe", "counts"])?;
+            let counts: Canaries = serde_json::from_str(text.trim())?;
+            seen += counts.foreign.saturating_sub(before.get(&format!("alpha-{node}")).map_or(0, |counts| counts.foreign));
+        }
+        Ok(seen > 0)
+    })
+    .or_else(|error| {
+        if seen == 0 {
+            shell::say(&format!("{error:#}"));
+            Ok(())
+        } else {
+            Err(error)
+        }
+    })?;
+    Ok(seen)
+}
+
+fn monotonic_ns() -> Result<u64> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
+    Ok(u64::try_from(now.tv_sec())? * 1_000_000_000 + u64::try_from(now.tv_nsec())?)
+}

@@ -1,0 +1,80 @@
+//! Rate-limited, checksummed TCP between pairs that cover all of beta's compute nodes: the connections no move may break.
+
+use crate::shell::{Held, Operator};
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use std::process::Stdio;
+use std::time::Duration;
+
+const PAIRS: [(&str, &str); 2] = [("c1", "c2"), ("c3", "c4")];
+/// Bytes per second of each connection: enough to notice a stall of 100 ms, little enough to cost no rank its core.
+const RATE: &str = "60000";
+
+/// What the receiving end of one connection saw.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Transfer {
+    /// `c1 -> c2`.
+    #[serde(default)]
+    pub(crate) pair: String,
+    /// Bytes received.
+    pub(crate) bytes: u64,
+    /// Whether every block and the whole were as sent, and the end was the sender's.
+    pub(crate) intact: bool,
+    /// What broke, if anything did.
+    pub(crate) error: Option<String>,
+    /// Longest time without a byte.
+    pub(crate) longest_stall_ms: f64,
+}
+
+/// Connections under way.
+#[derive(Debug)]
+pub(crate) struct Transfers(Vec<Connection>);
+
+#[derive(Debug)]
+struct Connection {
+    pair: String,
+    server: Held,
+    sender: Held,
+}
+
+fn open(operator: &Operator, from: &str, to: &str, port: u16, extra: &[&str]) -> Result<Connection> {
+    let number: u8 = to.trim_start_matches('c').parse().context("a compute node's name is c1, c2, …")?;
+    let address = format!("10.77.0.{}:{port}", number + 1);
+    let port = port.to_string();
+    let server =
+        Held::spawn(operator.on("beta", to, &["violin-probe", "transfer-serve", "--port", &port]).stdout(Stdio::piped()))?;
+    let mut words = vec!["violin-probe", "transfer-send", "--to", &address, "--rate", RATE, "--until-stdin-closes"];
+    words.extend(extra);
+    let sender = Held::spawn(operator.on("beta", from, &words).stdin(Stdio::piped()).stdout(Stdio::null()))?;
+    Ok(Connection { pair: format!("{from} -> {to}"), server, sender })
+}
+
+impl Connection {
+    fn close(self) -> Result<Transfer> {
+        self.sender.finish(Duration::from_secs(30)).with_context(|| format!("sender of {}", self.pair))?;
+        let text = self.server.finish(Duration::from_secs(30)).with_context(|| format!("receiver of {}", self.pair))?;
+        let mut transfer: Transfer =
+            serde_json::from_str(text.trim()).with_context(|| format!("receiver of {} said {text:?}", self.pair))?;
+        transfer.pair = self.pair;
+        Ok(transfer)
+    }
+}
+
+impl Transfers {
+    /// Opens a connection for each pair.
+    pub(crate) fn start(operator: &Operator, port: u16) -> Result<Self> {
+        PAIRS.iter().map(|(from, to)| open(operator, from, to, port, &[])).collect::<Result<_>>().map(Self)
+    }
+
+    /// Ends them from the sender's side and collects what the receivers saw.
+    pub(crate) fn finish(self) -> Result<Vec<Transfer>> {
+        self.0.into_iter().map(Connection::close).collect()
+    }
+}
+
+/// The positive control: a connection on which one byte is changed after it was hashed. Whether its receiver noticed.
+pub(crate) fn corrupted_is_noticed(operator: &Operator) -> Result<bool> {
+    let connection = open(operator, "c1", "c2", 5099, &["--corrupt-at", "50000"])?;
+    std::thread::sleep(Duration::from_secs(2));
+    Ok(!connection.close()?.intact)
+}
