@@ -1,0 +1,84 @@
+//! A kernel VXLAN device as a foreign peer, through a gateway port, before and after our guest moves.
+
+use std::net::TcpListener;
+use std::process::Stdio;
+use std::time::Duration;
+use violin_common::api::switch::{Ownership, PortKind, PortSpec, SwitchReply, SwitchRequest};
+use violin_common::{MacAddr, Vni};
+use violin_tests::eventually;
+use violin_tests::fabric::{Fabric, network};
+use violin_tests::netns::{Netns, ip};
+
+const VNI: u32 = 7;
+const FOREIGN_VNI: u32 = 99;
+const MAC: &str = "02:00:00:00:00:0a";
+const VM: &str = "alpha-c1";
+
+/// Megabits per second of a short iperf3 run, and its error if it had one.
+fn bulk(from: &Netns, to: &Netns, address: &str) -> f64 {
+    let mut server = to.command("iperf3");
+    server.args(["-s", "-1", "-B", address]).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut server = server.spawn().expect("iperf3 starts");
+    eventually("iperf3 listens", Duration::from_secs(5), || to.enter(|| TcpListener::bind((address, 5201)).is_err()));
+    let output = from.run("iperf3", &format!("-c {address} -t 1 -J"));
+    let _ = server.wait();
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("iperf3 prints JSON");
+    result["end"]["sum_received"]["bits_per_second"].as_f64().unwrap_or(0.0) / 1e6
+}
+
+fn reach(foreign: &Netns, guest: &Netns) {
+    let ping =
+        |from: &Netns, size: usize, to: &str| from.run("ping", &format!("-c 2 -i 0.2 -W 2 -s {size} {to}")).status.success();
+    // Forgotten neighbours make both sides ask by ARP again.
+    foreign.run("ip", "neigh flush all");
+    guest.run("ip", "neigh flush all");
+    assert!(ping(foreign, 56, "10.77.0.1"), "ARP and ping from the foreign peer");
+    assert!(ping(guest, 56, "10.77.0.50"), "ARP and ping to the foreign peer");
+    assert!(
+        ping(foreign, 1372, "10.77.0.1") && ping(guest, 1372, "10.77.0.50"),
+        "packets of the network's full MTU of 1400 bytes"
+    );
+    let (there, back) = (bulk(foreign, guest, "10.77.0.1"), bulk(guest, foreign, "10.77.0.50"));
+    println!("kernel VXLAN to our guest {there:.0} Mbit/s, our guest to kernel VXLAN {back:.0} Mbit/s");
+    assert!(there > 10.0 && back > 10.0, "{there} and {back} Mbit/s");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_kernel_vxlan_device_reaches_our_guest_before_and_after_it_moved() {
+    let fabric = Fabric::start(2);
+    fabric.carry(&network(VNI));
+    let foreign = Netns::new("f");
+    ip(&format!("link add uf netns {} type veth peer name wire netns {}", fabric.underlay.name(), foreign.name()));
+    fabric.underlay.ip("link set uf master br0 up");
+    foreign.ip("addr add 10.99.0.50/24 dev wire");
+    foreign.ip("link set wire up");
+    foreign.ip(&format!("link add vx0 type vxlan id {FOREIGN_VNI} local 10.99.0.50 remote 10.99.0.1 dstport 4789 dev wire"));
+    foreign.ip("link set vx0 mtu 1400");
+    foreign.ip("addr add 10.77.0.50/24 dev vx0");
+    foreign.ip("link set vx0 up");
+    let gateway = PortKind::Vxlan {
+        local: "10.99.0.1:4789".parse().unwrap(),
+        remote: "10.99.0.50:4789".parse().unwrap(),
+        remote_vni: Vni::new(FOREIGN_VNI).unwrap(),
+    };
+    let (vni, mac): (Vni, MacAddr) = (Vni::new(VNI).unwrap(), MAC.parse().unwrap());
+    fabric.hosts[0].ask(SwitchRequest::PortAdd(PortSpec { vni, kind: gateway, owned: None }));
+
+    let guest = fabric.hosts[0].owned_guest(VNI, MAC, VM);
+    guest.address("10.77.0.1/24");
+    reach(&foreign, &guest.netns);
+
+    // The guest moves to h2: another namespace with the same MAC and address takes over.
+    let arrived = fabric.hosts[1].guest_with(VNI, MAC, Some((VM, Ownership::Arriving)));
+    fabric.hosts[0].ask(SwitchRequest::MoveGrant { vni, mac, to: "h2".parse().unwrap() });
+    fabric.hosts[0].ask(SwitchRequest::MoveStopped { vni, mac });
+    guest.netns.ip("link set eth0 down");
+    arrived.address("10.77.0.1/24");
+    fabric.hosts[1].ask(SwitchRequest::MoveRunning { vni, mac });
+    eventually("h2 owns the MAC", Duration::from_secs(5), || {
+        matches!(fabric.hosts[1].ask(SwitchRequest::MoveStatus { vni, mac }),
+            SwitchReply::Move(seen) if seen.state == violin_common::api::switch::MoveState::Owned)
+    });
+    reach(&foreign, &arrived.netns);
+}
