@@ -15,6 +15,8 @@ pub const DEFAULT_LIMIT: usize = 8192;
 pub const FLAP_LIMIT: u8 = 8;
 /// See [`FLAP_LIMIT`].
 pub const FLAP_WINDOW: Duration = Duration::from_secs(1);
+/// A frame and an announcement that contradict each other within this time may have overtaken one another.
+pub const SETTLE: Duration = Duration::from_secs(1);
 
 type Key = (u16, MacAddr);
 
@@ -53,6 +55,8 @@ pub struct FdbRow {
 struct Entry {
     place: Place,
     seen: Instant,
+    /// When it came to this place.
+    placed: Instant,
     window: Instant,
     moves: u8,
 }
@@ -108,7 +112,7 @@ impl Fdb {
                 return Learned::Flapping;
             }
             entry.moves += 1;
-            entry.seen = now;
+            (entry.seen, entry.placed) = (now, now);
             let from = std::mem::replace(&mut entry.place, place);
             inner.leave(from);
             inner.enter(place, key);
@@ -117,9 +121,26 @@ impl Fdb {
         if inner.entries.len() >= self.limit {
             inner.evict();
         }
-        inner.entries.insert(key, Entry { place, seen: now, window: now, moves: 0 });
+        inner.entries.insert(key, Entry { place, seen: now, placed: now, window: now, moves: 0 });
         inner.enter(place, key);
         Learned::New
+    }
+
+    /// A peer announces that it hears `mac` at `place`. Only what is known is corrected: an announcement fills no table.
+    ///
+    /// An announcement and the frames of the next place take different ways and may overtake each other. Where a frame has
+    /// placed the MAC elsewhere less than [`SETTLE`] ago nobody can tell which is older: the entry is forgotten, and the
+    /// flood that follows finds the station wherever it is.
+    pub fn correct(&self, now: Instant, vid: u16, mac: MacAddr, place: Place, ageing: Duration) {
+        let disputed = match self.lock().entries.get(&(vid, mac)) {
+            Some(entry) if entry.place != place && now.since(entry.seen) < ageing => now.since(entry.placed) < SETTLE,
+            _ => return,
+        };
+        if disputed {
+            self.forget(|key, _| *key == (vid, mac));
+        } else {
+            self.learn(now, vid, mac, place);
+        }
     }
 
     /// Where `mac` was heard within `ageing`.

@@ -35,6 +35,22 @@ fn the_first_frame_from_a_new_place_moves_the_entry() {
 }
 
 #[test]
+fn an_announcement_corrects_what_is_settled_and_disputes_what_is_fresh() {
+    let fdb = Fdb::default();
+    let elsewhere = Place::Peer(PeerSlot(2));
+    fdb.correct(at(1), 0, mac(1), PEER, AGEING);
+    assert!(fdb.is_empty(), "an announcement fills no table");
+    fdb.learn(at(1), 0, mac(1), PEER);
+    fdb.learn(at(9), 0, mac(1), PEER);
+    fdb.correct(at(9), 0, mac(1), elsewhere, AGEING);
+    assert_eq!(fdb.lookup(at(9), 0, mac(1), AGEING), Some(elsewhere), "it had been there for long");
+    fdb.correct(at(9), 0, mac(1), elsewhere, AGEING);
+    assert_eq!(fdb.lookup(at(9), 0, mac(1), AGEING), Some(elsewhere), "agreement changes nothing");
+    fdb.correct(at(9), 0, mac(1), PEER, AGEING);
+    assert_eq!(fdb.lookup(at(9), 0, mac(1), AGEING), None, "either may be the older one: flood");
+}
+
+#[test]
 fn vlans_learn_apart() {
     let fdb = Fdb::default();
     fdb.learn(at(1), 5, mac(1), PORT);

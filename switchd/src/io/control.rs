@@ -73,6 +73,7 @@ pub struct ControlCounters {
     refused_callers: AtomicU64,
     protocol: AtomicU64,
     outbox_full: AtomicU64,
+    learned_heard: AtomicU64,
 }
 
 impl ControlCounters {
@@ -83,6 +84,7 @@ impl ControlCounters {
             ("control.refused-callers", &self.refused_callers),
             ("control.protocol-errors", &self.protocol),
             ("control.outbox-full", &self.outbox_full),
+            ("control.learned-heard", &self.learned_heard),
         ];
         named.map(|(name, counter)| Counter { name: name.into(), value: counter.load(Ordering::Relaxed) }).into()
     }
@@ -190,6 +192,9 @@ impl Actor {
             }
             LinkEvent::Admitted(connection, who) => self.link(connection, who, false),
             LinkEvent::Message(link, message) => {
+                if matches!(*message, Message::Learned { .. }) {
+                    self.parts.counters.learned_heard.fetch_add(1, Ordering::Relaxed);
+                }
                 if let Err(why) = self.parts.switch.handle_message(now(), link, *message) {
                     self.parts.counters.protocol.fetch_add(1, Ordering::Relaxed);
                     tracing::debug!(?link, %why, "connection refused");

@@ -140,9 +140,8 @@ impl Switch {
         let Some(slot) = self.members.slot(from) else { return };
         let Some(network) = self.networks.get(&vni) else { return };
         let ageing = std::time::Duration::from_secs(network.spec.ageing_s.into());
-        let elsewhere = network.fdb.lookup(now, vid, mac, ageing).is_some_and(|place| place != Place::Peer(slot));
-        if elsewhere && !self.is_owned(vni, mac) {
-            network.fdb.learn(now, vid, mac, Place::Peer(slot));
+        if !self.is_owned(vni, mac) {
+            network.fdb.correct(now, vid, mac, Place::Peer(slot), ageing);
         }
     }
 }

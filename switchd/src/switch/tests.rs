@@ -307,6 +307,7 @@ fn an_announced_learned_mac_corrects_the_fdb_but_never_fills_it() {
     let fdb = Arc::clone(&mesh.network(1).fdb);
     fdb.learn(mesh.now, 0, MAC, Place::Port(slot));
 
+    mesh.now = mesh.now + crate::fdb::SETTLE;
     for mac in [MAC, other] {
         mesh.switches[2].handle_worker(WorkerEvent::Learned { vni: vni(5), vid: 0, mac, port: slot });
     }
