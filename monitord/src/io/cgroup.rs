@@ -175,8 +175,34 @@ impl HostGroup {
         set_quota(&self.trees, &self.path, cores, self.period)
     }
 
+    /// Takes the emulators' own threads (I/O, control, migration) out of the quota, which is for what guests compute.
+    ///
+    /// libvirt keeps them in a group `emulator` of each VM; threads they start follow them. They go to `NAME.emulators`,
+    /// which has no limit. Only with a v1 tree: the unified one moves single threads only within threaded groups.
+    /// Why: docs/decisions/0008.
+    pub fn release_emulators(&self) -> io::Result<()> {
+        let Some(root) = self.trees.v1("cpu") else { return Ok(()) };
+        let released = root.join(self.path.with_extension("emulators"));
+        let machines = fs::read_dir(root.join(&self.path))?.filter_map(Result::ok).map(|entry| entry.path());
+        for tasks in machines.map(|machine| machine.join("emulator/tasks")) {
+            let Ok(threads) = fs::read_to_string(&tasks) else { continue };
+            for thread in threads.lines() {
+                create(&released)?;
+                match fs::write(released.join("tasks"), thread) {
+                    // It ended meanwhile.
+                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                    other => other?,
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Removes it everywhere; its guests' groups must be gone.
     pub fn remove(&self) -> io::Result<()> {
+        if let Some(root) = self.trees.v1("cpu") {
+            remove(&root.join(self.path.with_extension("emulators")))?;
+        }
         self.trees.v1.values().chain(&self.trees.unified).try_for_each(|root| remove(&root.join(&self.path)))
     }
 }

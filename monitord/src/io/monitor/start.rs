@@ -2,6 +2,7 @@
 
 use super::{Monitor, Trouble, Vm};
 use crate::hypervisor::ImageFiles;
+use crate::io::cgroup::HostGroup;
 use crate::io::record::Record;
 use crate::transaction::{Made, Part, Standing};
 use std::io::{Read, Seek, SeekFrom};
@@ -129,6 +130,9 @@ impl Monitor {
         std::thread::spawn(move || {
             while let Some(monitor) = monitor.upgrade() {
                 monitor.look_at_boots();
+                if let Some(Err(error)) = monitor.group.as_ref().map(HostGroup::release_emulators) {
+                    tracing::warn!(%error, "taking emulators out of the guests' quota; trying again");
+                }
                 drop(monitor);
                 std::thread::sleep(LOOK);
             }
