@@ -108,3 +108,9 @@ impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
         self.map_err(|error| LabError::Io { what: what(), source: error.into() })
     }
 }
+
+impl LabError {
+    pub(crate) fn no_helper() -> Self {
+        Self::Missing { path: "helper".into(), wanted: "the command of the lab's own helpers (UpOptions::helper)".to_owned() }
+    }
+}

@@ -12,6 +12,7 @@ mod daemons;
 mod down;
 mod error;
 mod image;
+pub mod keep;
 mod libvirt;
 pub mod netns;
 mod process;

@@ -4,9 +4,11 @@
 //! the machine's programs and devices, and of the lab its own host's folder alone, so no other host's images.
 
 use crate::error::{Doing, LabError, Result};
+use crate::keep::KeepPlan;
 use crate::netns;
 use crate::process::{ProcessId, wait_for};
 use crate::state::{HostState, LabState};
+use std::ffi::OsString;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::PathBuf;
@@ -50,7 +52,7 @@ fn log(host: &HostState) -> PathBuf {
 }
 
 /// Starts it. Whether it answers is for [`wait_ready`] to say.
-pub(crate) fn start(lab: &LabState, host: &HostState) -> Result<ProcessId> {
+pub(crate) fn start(lab: &LabState, host: &HostState, helper: &[OsString]) -> Result<ProcessId> {
     let private = host.dir.join("libvirt");
     for folder in ["run", "lib", "log", "cache", "etc/qemu"] {
         let folder = private.join(folder);
@@ -78,10 +80,26 @@ pub(crate) fn start(lab: &LabState, host: &HostState) -> Result<ProcessId> {
         let file = private.join(name);
         fs::write(&file, text).doing(|| format!("writing {}", file.display()))?;
     }
-    let mut command = netns::spawn_in(&host.netns, "unshare")?;
-    command.args(["--mount", "--uts", "sh", "-e", "-c", ENTER, "sh"]).arg(&host.dir).arg(host.host.as_str());
-    command.env_remove("LIBVIRT_DEFAULT_URI");
-    crate::daemons::spawn(command, "libvirtd", &log(host))
+    let folder = host.dir.to_str().ok_or_else(|| LabError::Name(format!("{} is not UTF-8", host.dir.display())))?;
+    let words = ["unshare", "--mount", "--uts", "sh", "-e", "-c", ENTER, "sh", folder, host.host.as_str()];
+    let keep = KeepPlan { command: words.map(str::to_owned).into(), pid: host.dir.join("libvirtd.pid") };
+    let plan = host.dir.join("keep.json");
+    let text = serde_json::to_string_pretty(&keep).map_err(std::io::Error::from).doing(|| "writing keep.json".to_owned())?;
+    fs::write(&plan, text).doing(|| format!("writing {}", plan.display()))?;
+    let [program, words @ ..] = helper else { return Err(LabError::no_helper()) };
+    let mut command = netns::spawn_in(&host.netns, program)?;
+    command.args(words).arg("keep").arg(&plan).env_remove("LIBVIRT_DEFAULT_URI");
+    let keeper = crate::daemons::spawn(command, "libvirtd's keeper", &log(host))?;
+    let mut process = None;
+    wait_for("libvirtd to start", LIMIT, Some(&log(host)), || {
+        let pid = fs::read_to_string(&keep.pid).ok().and_then(|text| text.parse().ok());
+        process = pid.and_then(ProcessId::of);
+        if process.is_none() {
+            crate::daemons::check_alive("libvirtd's keeper", keeper, &log(host))?;
+        }
+        Ok(process.is_some())
+    })?;
+    process.ok_or_else(LabError::no_helper)
 }
 
 /// Waits until it answers a question, not only accepts a connection.

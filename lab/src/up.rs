@@ -45,8 +45,8 @@ pub struct UpOptions {
     pub image: Option<PathBuf>,
     /// How far to build.
     pub layers: Layers,
-    /// Command that runs [`relay::run`]; the plan's path is added to it.
-    pub relay: Vec<OsString>,
+    /// Command that runs [`relay::run`] or [`crate::keep::run`]; the word `relay` or `keep` and a plan's path are added to it.
+    pub helper: Vec<OsString>,
     /// The process for which the lab is built: while it lives, `up` refuses to replace the lab.
     pub owner: Option<ProcessId>,
     /// Becomes true when the operator wants out: building ends, and what was built is removed.
@@ -274,12 +274,12 @@ impl Builder<'_> {
         fs::write(&path, text).doing(|| format!("writing {}", path.display()))?;
 
         let log = self.state.dir.join("relay.log");
-        let [program, words @ ..] = self.options.relay.as_slice() else {
-            return Err(LabError::Missing { path: "relay".into(), wanted: "a command that runs the WAN relay".to_owned() });
+        let [program, words @ ..] = self.options.helper.as_slice() else {
+            return Err(LabError::no_helper());
         };
         // It runs in a router's namespace, so that it is found there even if its number was never recorded.
         let mut command = netns::spawn_in(&routers[0].netns, program)?;
-        command.args(words).arg(&path);
+        command.args(words).arg("relay").arg(&path);
         let process = daemons::spawn(command, "relay", &log)?;
         self.state.relay = Some(process);
         self.state.save()?;
@@ -305,7 +305,7 @@ impl Builder<'_> {
         (self.progress)(&format!("starting {} libvirtds", self.state.hosts.len()));
         for index in 0..self.state.hosts.len() {
             go_on(self.options)?;
-            let process = libvirt::start(&self.state, &self.state.hosts[index])?;
+            let process = libvirt::start(&self.state, &self.state.hosts[index], &self.options.helper)?;
             self.state.hosts[index].libvirtd = Some(process);
             self.state.save()?;
         }

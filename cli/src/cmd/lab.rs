@@ -49,6 +49,12 @@ pub(crate) enum Lab {
         /// What to do, in JSON.
         plan: PathBuf,
     },
+    /// Run a daemon and collect the processes it leaves behind (started by `up`).
+    #[command(hide = true)]
+    Keep {
+        /// What to do, in JSON.
+        plan: PathBuf,
+    },
 }
 
 /// Words for [`Guests`].
@@ -110,6 +116,7 @@ pub(crate) fn run(command: Lab, output: Output) -> Result<()> {
             })
         }
         Lab::Relay { plan } => Ok(violin_lab::relay::run(&plan)?),
+        Lab::Keep { plan } => Ok(violin_lab::keep::run(&plan)?),
     }
 }
 
@@ -123,7 +130,7 @@ fn up(lab: &LabConfig, image: Option<PathBuf>, layers: LayersWord, binaries: Opt
             LayersWord::Libvirt => Layers::Libvirt,
             LayersWord::All => Layers::All,
         },
-        relay: vec![program.into_os_string(), "lab".into(), "relay".into()],
+        helper: vec![program.into_os_string(), "lab".into()],
         // This process ends when the lab stands; the lab serves whoever started it.
         owner: ProcessId::of(std::os::unix::process::parent_id()),
         cancelled: Some(&CANCELLED),

@@ -55,14 +55,14 @@ pub(crate) fn config(name: &str, text: &str) -> LabConfig {
     config
 }
 
-/// The relay is this very test program, run with the one test [`relay_entry`] picks out.
+/// The lab's helper is this very test program, run with the one test [`relay_entry`] picks out.
 pub(crate) fn options(layers: Layers) -> UpOptions {
     let program = std::env::current_exe().unwrap().into_os_string();
     UpOptions {
         binaries: PathBuf::from("/nonexistent"),
         image: None,
         layers,
-        relay: vec![program, "relay_entry".into(), "--exact".into(), "--ignored".into(), "--nocapture".into()],
+        helper: vec![program, "relay_entry".into(), "--exact".into(), "--ignored".into(), "--nocapture".into()],
         owner: ProcessId::own(),
         cancelled: None,
     }
@@ -73,6 +73,9 @@ pub(crate) fn relay_entry() {
     let plan = std::env::args().next_back().unwrap_or_default();
     if plan.ends_with("relay.json") {
         violin_lab::relay::run(Path::new(&plan)).unwrap();
+    }
+    if plan.ends_with("keep.json") {
+        violin_lab::keep::run(Path::new(&plan)).unwrap();
     }
 }
 
