@@ -93,11 +93,11 @@ impl Running {
     }
 }
 
-/// Finds the order of the matrix that makes a calm run take about `target` seconds.
+/// Finds the order of the matrix that makes a calm run take about `target` seconds, `guess` being tried first.
 ///
 /// Starting the ranks takes the same for every order; HPL's own time grows with N³.
-pub(crate) fn calibrate(operator: &Operator, target: f64, evidence: &Path) -> Result<u32> {
-    let mut n = 600;
+pub(crate) fn calibrate(operator: &Operator, guess: u32, target: f64, evidence: &Path) -> Result<u32> {
+    let mut n = guess;
     for round in 1..=4 {
         let log = evidence.join(format!("calibration-{round}.log"));
         let run = Running::start(operator, n, &log)?;

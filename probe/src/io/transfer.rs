@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// After so long without a byte a connection counts as broken.
 pub const STALL_LIMIT: Duration = Duration::from_secs(60);
 /// Blocks per second at the given rate.
-const BLOCKS_PER_SECOND: u64 = 50;
+const BLOCKS_PER_SECOND: u64 = 10;
 
 /// What one end saw.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
