@@ -1,8 +1,10 @@
 //! A lab with real QEMU guests, driven by the operator's command.
 
 use crate::program;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use violin_lab::LabState;
+use std::time::Duration;
+use violin_lab::{HostState, LabState};
 
 /// A lab, taken down when dropped.
 #[derive(Debug)]
@@ -13,10 +15,14 @@ pub struct Lab {
 impl Lab {
     /// Builds it from a file of configs/lab, with the image of `VIOLIN_IMAGE` or target/image.
     pub fn up(name: &str, config: &str) -> Self {
+        Self::up_from(name, &format!("{}/../configs/lab/{config}", env!("CARGO_MANIFEST_DIR")))
+    }
+
+    /// The same from any lab file.
+    pub fn up_from(name: &str, config: &str) -> Self {
         let lab = Self { name: name.to_owned() };
         let image = std::env::var("VIOLIN_IMAGE").unwrap_or_else(|_| format!("{}/../target/image", env!("CARGO_MANIFEST_DIR")));
-        let config = format!("{}/../configs/lab/{config}", env!("CARGO_MANIFEST_DIR"));
-        lab.must(&["lab", "up", "--config", &config, "--name", name, "--guests", "qemu", "--image", &image]);
+        lab.must(&["lab", "up", "--config", config, "--name", name, "--guests", "qemu", "--image", &image]);
         lab
     }
 
@@ -39,6 +45,42 @@ impl Lab {
         let vms: serde_json::Value = serde_json::from_str(&self.must(&["--json", "vm", "list"])).expect("JSON");
         let seen = vms.as_array().expect("a list").iter().find(|seen| seen["vm"] == vm).expect("the VM is listed");
         seen["host"].as_str().expect("it runs somewhere").to_owned()
+    }
+
+    /// All moves on record, as JSON.
+    pub fn migrations(&self) -> Vec<serde_json::Value> {
+        let output = self.command(&["--json", "migrations"]).output().expect("violin runs");
+        let list = serde_json::from_slice::<serde_json::Value>(&output.stdout).ok();
+        list.and_then(|all| all.as_array().cloned()).unwrap_or_default()
+    }
+
+    /// Waits until the move numbered `number` has ended; its outcome in words.
+    pub fn outcome(&self, number: usize) -> String {
+        let mut words = String::new();
+        crate::eventually(&format!("move {number} has ended"), Duration::from_secs(120), || {
+            let all = self.migrations();
+            let ended = all.get(number - 1).filter(|migration| !migration["ended"].is_null());
+            words = ended.map(|migration| migration["outcome"].to_string()).unwrap_or_default();
+            ended.is_some()
+        });
+        words
+    }
+
+    /// Waits until the VM runs exactly once, by QEMU processes, and answers.
+    pub fn runs_once(&self, environment: &str, node: &str) {
+        let vm = format!("{environment}-{node}");
+        crate::eventually(&format!("{vm} runs exactly once"), Duration::from_secs(30), || qemus(&vm) == 1);
+        crate::eventually(&format!("{vm} answers from its place"), Duration::from_secs(30), || {
+            self.command(&["ssh", environment, node, "--", "true"]).output().is_ok_and(|output| output.status.success())
+        });
+    }
+
+    /// What lies in the log of a host's daemon, its end only.
+    pub fn log(&self, host: &HostState, daemon: &str) -> String {
+        let text = std::fs::read_to_string(host.dir.join(format!("{daemon}.log"))).unwrap_or_default();
+        let mut last: Vec<_> = text.lines().rev().take(15).collect();
+        last.reverse();
+        format!("--- {daemon} of {}\n{}", host.host, last.join("\n"))
     }
 
     /// What the lab wrote down of itself.
@@ -67,6 +109,63 @@ pub fn qemus(vm: &str) -> usize {
         .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
         .filter(|line| String::from_utf8_lossy(line).contains(&name))
         .count()
+}
+
+/// The QEMU process of a VM on one host, known by the host's control group.
+pub fn qemu_on(host: &HostState, vm: &str) -> Option<u32> {
+    let (name, group) = (format!("guest={vm},"), format!("/{}.partition/", host.cpu_group));
+    let pids = std::fs::read_dir("/proc").expect("/proc is there").flatten();
+    let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.find(|pid| {
+        let read = |file: &str| std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        String::from_utf8_lossy(&read("cmdline")).contains(&name) && String::from_utf8_lossy(&read("cgroup")).contains(&group)
+    })
+}
+
+/// SIGKILL to a process of the lab; returns when it is dead.
+pub fn kill(pid: u32) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL)
+        .expect("the lab's own process can be killed");
+    crate::eventually("the process is gone, its other threads too", Duration::from_secs(10), || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+        stat.is_empty() || (stat.contains(") Z ") && threads <= 1)
+    });
+}
+
+/// Daemons that a test started again; they end with it.
+#[derive(Debug, Default)]
+pub struct Restarted(Vec<Child>);
+
+impl Restarted {
+    /// Starts a daemon again as the lab had started it: in that namespace, with the configuration in `dir`.
+    pub fn start(&mut self, netns: &str, name: &str, dir: &Path) -> u32 {
+        let log = std::fs::File::options().create(true).append(true).open(dir.join(format!("{name}.log"))).expect("a log");
+        let child = Command::new("nsenter")
+            .arg(format!("--net={netns}"))
+            .arg("--")
+            .arg(program(name))
+            .arg("--config")
+            .arg(dir.join(format!("{name}.toml")))
+            .env("RUST_LOG", "info")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a log"))
+            .stderr(log)
+            .spawn()
+            .expect("nsenter runs");
+        let pid = child.id();
+        self.0.push(child);
+        pid
+    }
+}
+
+impl Drop for Restarted {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 /// Closes a child's input and returns what it printed; panics if it failed.

@@ -1,122 +1,246 @@
-//! What dies around a move of a real VM: the manager in the middle of it, the destination's libvirtd before it.
-//! VMs are counted by QEMU processes, not by our own journal.
+//! What dies around a move of a real VM: the manager, a switch or a monitor in the middle of it, the destination's libvirtd
+//! before it. VMs are counted by QEMU processes, not by our own journal.
 
-use std::process::{Command, Stdio};
-use std::time::Duration;
-use violin_lab::LabState;
-use violin_tests::guests::{Lab, qemus};
-use violin_tests::{eventually, program};
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+use violin_lab::{HostState, LabState, ProcessId};
+use violin_tests::eventually;
+use violin_tests::guests::{Lab, Restarted, kill, qemu_on};
 
 const VM: &str = "three-c1";
 
-fn kill(pid: u32) {
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL)
-        .expect("the lab's own process can be killed");
-    eventually("the process is gone", Duration::from_secs(5), || {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.is_empty() || stat.contains(") Z ")
-    });
+/// Two domains whose WAN is slow enough that a move takes several seconds: time to kill something in its middle.
+const SLOW: &str = "
+name = \"slow\"
+guests = \"qemu\"
+scale = 0.25
+[[domain]]
+name = \"d1\"
+[[domain]]
+name = \"d2\"
+[[host]]
+name = \"h1\"
+domain = \"d1\"
+cores = 2
+memory-mib = 2048
+[[host]]
+name = \"h2\"
+domain = \"d2\"
+cores = 2
+memory-mib = 2048
+[wan]
+delay = \"2ms\"
+rate = \"100mbit\"
+[manager]
+mode = \"observe\"
+";
+
+struct Site {
+    restarted: Restarted,
+    _folder: tempfile::TempDir,
+    state: LabState,
+    lab: Lab,
 }
 
-/// Starts a daemon again as the lab had started it.
-fn restart(netns: &str, name: &str, dir: &std::path::Path) -> std::process::Child {
-    let log = std::fs::File::options().create(true).append(true).open(dir.join(format!("{name}.log"))).expect("a log");
-    Command::new("nsenter")
-        .arg(format!("--net={netns}"))
-        .arg("--")
-        .arg(program(name))
-        .arg("--config")
-        .arg(dir.join(format!("{name}.toml")))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().expect("a log"))
-        .stderr(log)
-        .spawn()
-        .expect("nsenter runs")
+impl Site {
+    /// The slow lab with environment `three` on h1.
+    fn up(name: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let config = folder.path().join("lab.toml");
+        std::fs::write(&config, SLOW).expect("written");
+        let lab = Lab::up_from(name, config.to_str().expect("UTF-8"));
+        lab.must(&["env", "up", &Lab::environment("three.toml"), "--place", "head=h1", "--place", "c1=h1", "--place", "c2=h1"]);
+        Self { restarted: Restarted::default(), _folder: folder, state: lab.state(), lab }
+    }
+
+    fn host(&self, name: &str) -> &HostState {
+        self.state.hosts.iter().find(|host| host.host.as_str() == name).expect("a host of the lab")
+    }
+
+    /// Begins a move; returns when memory is being copied: its switch has granted, the destination's QEMU is there.
+    fn begin(&self, to: &str) -> Child {
+        let (from, there) = (self.lab.host_of(VM), self.host(to));
+        let mut command = self.lab.command(&["vm", "migrate", VM, "--to", to]);
+        let moving = command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().expect("violin runs");
+        eventually("the move is under way", Duration::from_secs(60), || {
+            qemu_on(there, VM).is_some() && self.port_state(&from).as_deref() == Some("granted")
+        });
+        moving
+    }
+
+    /// State of the VM's MAC at its port on a host, if it has one there.
+    fn port_state(&self, host: &str) -> Option<String> {
+        let output = self.lab.command(&["--json", "port", "--host", host]).output().expect("violin runs");
+        let ports: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
+        let port = ports.as_array()?.iter().find(|port| port["spec"]["owned"]["vm"] == VM)?.clone();
+        port["state"].as_str().map(str::to_owned)
+    }
+
+    /// Nothing of the VM on a host: no process, no port, no interface.
+    fn nothing_left(&self, host: &str) {
+        let there = self.host(host);
+        eventually(&format!("nothing of {VM} is left on {host}"), Duration::from_secs(30), || {
+            let links = std::process::Command::new("ip").args(["-n", &there.netns, "-o", "link"]).output().expect("ip runs");
+            qemu_on(there, VM).is_none()
+                && !self.lab.must(&["--json", "port", "--host", host]).contains(VM)
+                && !String::from_utf8_lossy(&links.stdout).contains(VM)
+        });
+    }
+
+    fn logs(&self) -> String {
+        let daemons = self.state.hosts.iter().flat_map(|host| ["monitord", "switchd"].map(|daemon| self.lab.log(host, daemon)));
+        daemons.collect::<Vec<_>>().join("\n")
+    }
 }
 
-fn migrations(lab: &Lab) -> Vec<serde_json::Value> {
-    let output = lab.command(&["--json", "migrations"]).output().expect("violin runs");
-    serde_json::from_slice::<serde_json::Value>(&output.stdout).ok().and_then(|all| all.as_array().cloned()).unwrap_or_default()
+impl Drop for Site {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.logs());
+        }
+    }
 }
 
-fn pid(state: &LabState, what: fn(&LabState) -> Option<&violin_lab::ProcessId>) -> u32 {
-    what(state).expect("the lab runs it").pid
-}
-
-/// Waits until a move numbered `number` has ended; its outcome in words.
-fn outcome(lab: &Lab, number: usize) -> String {
-    let mut words = String::new();
-    eventually(&format!("move {number} has ended"), Duration::from_secs(90), || {
-        let all = migrations(lab);
-        let ended = all.get(number - 1).filter(|migration| !migration["ended"].is_null());
-        words = ended.map(|migration| migration["outcome"].to_string()).unwrap_or_default();
-        ended.is_some()
-    });
-    words
-}
-
-/// The VM runs exactly once, where the manager says, and answers.
-fn runs_once(lab: &Lab) {
-    eventually("the VM runs exactly once", Duration::from_secs(30), || qemus(VM) == 1);
-    eventually("it answers from its place", Duration::from_secs(30), || {
-        lab.command(&["ssh", "three", "c1", "--", "true"]).status().is_ok_and(|status| status.success())
-    });
+fn pid(process: Option<&ProcessId>) -> u32 {
+    process.expect("the lab runs it").pid
 }
 
 #[test]
 #[ignore = "needs root"]
-fn whatever_dies_in_a_move_the_vm_runs_exactly_once() {
-    let lab = Lab::up("test-recover", "two-hosts.toml");
-    let state = lab.state();
-    let (h1, h2) = (&state.hosts[0], &state.hosts[1]);
-    lab.must(&["env", "up", &Lab::environment("three.toml"), "--place", "head=h1", "--place", "c1=h1", "--place", "c2=h1"]);
-    let mut restarted = Vec::new();
-
-    // The manager dies while the VM is on its way.
-    let mut moving = lab
-        .command(&["vm", "migrate", VM, "--to", "h2"])
-        .stderr(Stdio::null())
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("violin runs");
-    eventually("the move has begun", Duration::from_secs(20), || {
-        migrations(&lab).first().is_some_and(|first| !first["began"].is_null())
-    });
-    kill(pid(&state, |state| state.adaptd.process.as_ref()));
-    let _ = moving.wait();
-    restarted.push(restart(&state.adaptd.netns_path(), "adaptd", &state.adaptd.dir));
-    eventually("the manager answers again", Duration::from_secs(20), || !migrations(&lab).is_empty());
-    println!("adaptd killed in a move: {}", outcome(&lab, 1));
-    runs_once(&lab);
-    let here = lab.host_of(VM);
-    let (there, other) = if here == "h1" { ("h2", h2) } else { ("h1", h1) };
+fn a_manager_killed_in_a_move_and_a_dead_destination_leave_the_vm_running_once() {
+    let mut site = Site::up("test-manager");
+    let moving = site.begin("h2");
+    kill(pid(site.state.adaptd.process.as_ref()));
+    drop(moving.wait_with_output());
+    site.restarted.start(&site.state.adaptd.netns_path(), "adaptd", &site.state.adaptd.dir);
+    let began = Instant::now();
+    eventually("the manager answers again", Duration::from_secs(20), || !site.lab.migrations().is_empty());
+    let said = site.lab.outcome(1);
+    println!("adaptd killed while memory was copied: {said}, {:.1} s after its restart", began.elapsed().as_secs_f64());
+    site.lab.runs_once("three", "c1");
+    let here = site.lab.host_of(VM);
+    let there = if here == "h1" { "h2" } else { "h1" };
+    site.nothing_left(there);
 
     eventually("the restarted manager has heard of all hosts", Duration::from_secs(30), || {
-        let hosts: serde_json::Value = serde_json::from_str(&lab.must(&["--json", "host"])).expect("JSON");
+        let hosts: serde_json::Value = serde_json::from_str(&site.lab.must(&["--json", "host"])).expect("JSON");
         hosts.as_array().is_some_and(|hosts| hosts.iter().all(|host| host["connected"] == true && !host["age-s"].is_null()))
     });
-
     // The destination's libvirtd is dead: nothing moves, and the decision says why.
-    kill(other.libvirtd.as_ref().expect("the lab runs it").pid);
-    let output = lab.command(&["vm", "migrate", VM, "--to", there]).output().expect("violin runs");
+    kill(pid(site.host(there).libvirtd.as_ref()));
+    let output = site.lab.command(&["vm", "migrate", VM, "--to", there]).output().expect("violin runs");
     assert!(!output.status.success(), "a move to a host without hypervisor was called done");
-    assert!(migrations(&lab).len() > 1, "the move was refused: {}", String::from_utf8_lossy(&output.stderr));
-    let said = outcome(&lab, 2);
+    assert!(site.lab.migrations().len() > 1, "the move was refused: {}", String::from_utf8_lossy(&output.stderr));
+    let said = site.lab.outcome(2);
     println!("destination's libvirtd dead: {said}");
     assert!(said.contains("undone") && (said.contains("hypervisor") || said.contains("libvirt")), "{said}");
-    assert_eq!(lab.host_of(VM), here);
-    runs_once(&lab);
-    let tail = |path: std::path::PathBuf| {
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        text.lines().rev().take(15).collect::<Vec<_>>().join("\n")
-    };
-    let ports = lab.must(&["--json", "port", "--host", there]);
-    let log = tail(other.dir.join("monitord.log")) + "\n--- adaptd\n" + &tail(state.adaptd.dir.join("adaptd.log"));
-    assert!(!ports.contains(VM), "a port of the VM is left at the destination: {ports}\n{log}");
+    assert_eq!(site.lab.host_of(VM), here);
+    site.lab.runs_once("three", "c1");
+    site.nothing_left(there);
+}
 
-    drop(lab);
-    for mut child in restarted {
-        let _ = child.kill();
-        let _ = child.wait();
+#[test]
+#[ignore = "needs root"]
+fn a_switch_or_monitor_killed_in_a_move_leaves_the_vm_running_once() {
+    let mut site = Site::up("test-kills");
+    for (number, (end, daemon)) in
+        [("source", "switchd"), ("destination", "switchd"), ("source", "monitord"), ("destination", "monitord")]
+            .into_iter()
+            .enumerate()
+    {
+        let from = site.lab.host_of(VM);
+        let to = if from == "h1" { "h2" } else { "h1" };
+        let victim = site.host(if end == "source" { &from } else { to }).clone();
+        let mut moving = site.begin(to);
+        // The one that runs now: it may have been started again before.
+        kill(running(&victim, daemon));
+        site.restarted.start(&victim.netns_path(), daemon, &victim.dir);
+        let began = Instant::now();
+        let said = site.lab.outcome(number + 1);
+        println!("{end}'s {daemon} killed while memory was copied: {said}, {:.1} s after", began.elapsed().as_secs_f64());
+        site.lab.runs_once("three", "c1");
+        println!("it answers {:.1} s after", began.elapsed().as_secs_f64());
+        drop(moving.wait());
+        let here = site.lab.host_of(VM);
+        assert_eq!(here, if said.contains("done") && !said.contains("undone") { to } else { from.as_str() }, "{said}");
+        assert_eq!(site.port_state(&here).as_deref(), Some("owned"));
+        site.nothing_left(if here == "h1" { "h2" } else { "h1" });
     }
+}
+
+/// The process that runs a host's daemon, found by its configuration file.
+fn running(host: &HostState, daemon: &str) -> u32 {
+    let config = host.dir.join(format!("{daemon}.toml")).to_string_lossy().into_owned();
+    let pids = std::fs::read_dir("/proc").expect("/proc is there").flatten();
+    let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.find(|pid| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<_> = line.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
+        words.iter().any(|word| *word == config) && words[0].ends_with(daemon)
+    })
+    .expect("the daemon runs")
+}
+
+/// Where the kernel keeps the memory limit of a host's guests.
+fn memory_limit(host: &HostState) -> (PathBuf, &'static str) {
+    let group = format!("{}.partition", host.cpu_group);
+    let v1 = PathBuf::from("/sys/fs/cgroup/memory").join(&group).join("memory.limit_in_bytes");
+    if v1.exists() { (v1, "-1") } else { (PathBuf::from("/sys/fs/cgroup").join(&group).join("memory.max"), "max") }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn every_undo_step_takes_back_what_it_is_for() {
+    let site = Site::up("test-undo");
+    let h2 = site.host("h2");
+
+    // CancelIncoming: the destination runs out of memory while it takes the VM.
+    let (limit, unlimited) = memory_limit(h2);
+    std::fs::write(&limit, (80u64 << 20).to_string()).expect("the lab's own group has a limit");
+    let output = site.lab.command(&["vm", "migrate", VM, "--to", "h2"]).output().expect("violin runs");
+    std::fs::write(&limit, unlimited).expect("lifted");
+    assert!(!output.status.success(), "a VM went where there is no memory for it");
+    let said = site.lab.outcome(1);
+    println!("destination out of memory: {said}");
+    assert!(said.contains("undone") && said.contains("the VM runs on here"), "{said}");
+    let why = site.lab.must(&["why", VM]);
+    assert!(why.contains("undone"), "{why}");
+    assert_eq!(site.lab.host_of(VM), "h1");
+    site.lab.runs_once("three", "c1");
+    site.nothing_left("h2");
+
+    // AbortMigration: an operator changes his mind.
+    let mut moving = site.begin("h2");
+    let asked = Instant::now();
+    println!("{}", site.lab.must(&["vm", "abort", VM]));
+    println!("aborted {:.1} s after it was asked for: {}", asked.elapsed().as_secs_f64(), site.lab.outcome(2));
+    assert!(site.lab.outcome(2).contains("given up"), "{}", site.lab.outcome(2));
+    assert!(!moving.wait().expect("violin ends").success(), "an aborted move was called done");
+    assert_eq!(site.lab.host_of(VM), "h1");
+    site.lab.runs_once("three", "c1");
+    site.nothing_left("h2");
+    let late = site.lab.command(&["vm", "abort", VM]).output().expect("violin runs");
+    assert!(String::from_utf8_lossy(&late.stderr).contains("want a VM that is being moved"), "{late:?}");
+
+    // MoveBack: the second VM of a gang does not arrive, so the first returns.
+    let mut gang = site.lab.command(&["env", "move", "three", "--to", "d2"]);
+    let mut gang = gang.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("violin runs");
+    let mut arriving = None;
+    eventually("the second VM of the gang is on its way", Duration::from_secs(90), || {
+        arriving = qemu_on(h2, "three-c2");
+        let first = site.lab.migrations().get(2).is_some_and(|first| !first["ended"].is_null());
+        first && arriving.is_some()
+    });
+    assert_eq!(site.lab.host_of(VM), "h2", "the first has arrived");
+    kill(arriving.expect("found above"));
+    assert!(!gang.wait().expect("violin ends").success(), "a gang that returned was called moved");
+    let outcomes: Vec<_> = (3..=5).map(|number| site.lab.outcome(number)).collect();
+    println!("a gang whose second VM could not arrive: {outcomes:?}");
+    assert!(outcomes[0].contains("done") && outcomes[1].contains("undone") && outcomes[2].contains("done"), "{outcomes:?}");
+    for node in ["c1", "c2"] {
+        assert_eq!(site.lab.host_of(&format!("three-{node}")), "h1");
+        site.lab.runs_once("three", node);
+    }
+    site.nothing_left("h2");
 }

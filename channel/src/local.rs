@@ -10,6 +10,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
@@ -31,7 +32,11 @@ impl Drop for Listener {
     }
 }
 
-/// Binds the socket, mode 0600. A socket nobody listens on, as a killed daemon leaves it, is replaced.
+/// How long a killed daemon may take to let go of its socket: it does when its last thread has ended.
+const LET_GO: Duration = Duration::from_secs(3);
+
+/// Binds the socket, mode 0600. A socket nobody listens on, as a killed daemon leaves it, is replaced; for one that dies just now
+/// it waits.
 ///
 /// *Errors*: somebody listens there already, or the directory cannot be made or written.
 pub fn bind(path: &Path) -> io::Result<Listener> {
@@ -39,7 +44,13 @@ pub fn bind(path: &Path) -> io::Result<Listener> {
     if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
         std::fs::create_dir_all(directory).map_err(|error| explain("could not make the directory of", error))?;
     }
-    match std::os::unix::net::UnixStream::connect(path) {
+    let deadline = Instant::now() + LET_GO;
+    let mut answer = std::os::unix::net::UnixStream::connect(path);
+    while answer.is_ok() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(50));
+        answer = std::os::unix::net::UnixStream::connect(path);
+    }
+    match answer {
         Ok(_) => {
             let taken = format!("somebody listens on {} already: stop it, or choose another `socket`", path.display());
             return Err(io::Error::new(io::ErrorKind::AddrInUse, taken));

@@ -128,6 +128,16 @@ impl Execution {
         effects
     }
 
+    /// An operator wants the move of this VM given up. One that has passed the point of no return goes on to its end.
+    pub fn give_up(&mut self, now: Instant, vm: &VmId) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        for run in self.forward.iter_mut().filter(|run| run.planned.vm == *vm) {
+            run.give_up(now, &mut effects);
+        }
+        self.go_on(now, &mut effects);
+        effects
+    }
+
     fn go_on(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         if self.ended || now < self.not_before {
             return;

@@ -14,6 +14,9 @@ use violin_common::api::adapt::{Event, Migration, Outcome};
 use violin_common::control::monitor::{Answer, MigrationMode, VmSeen, VmState};
 use violin_common::{HostId, Instant};
 
+/// Why a move ended that an operator aborted.
+const GIVEN_UP: &str = "given up as an operator asked";
+
 /// What a monitor is asked for a move.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ask {
@@ -86,6 +89,8 @@ pub(super) struct Run {
     why: String,
     attempts: u32,
     finish_failed: bool,
+    /// An operator wants it given up; when to ask the source's hypervisor for that (again).
+    given_up: Option<Instant>,
     /// Since when it is not known where the VM runs.
     in_doubt: Option<Instant>,
     back: bool,
@@ -102,6 +107,7 @@ impl Run {
             why: String::new(),
             attempts: 0,
             finish_failed: false,
+            given_up: None,
             in_doubt: None,
             back: false,
             told: false,
@@ -226,7 +232,25 @@ impl Run {
         self.ask(&self.planned.to, Ask::Cancel, effects);
     }
 
+    pub(super) fn give_up(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        match self.phase {
+            Phase::Waiting { .. } => self.end(now, Outcome::Undone(format!("{GIVEN_UP}, before it began")), effects),
+            // Before the hypervisor moves anything there is nothing to abort: the next answer ends it.
+            Phase::Checking | Phase::Preparing => self.given_up = Some(now),
+            Phase::Migrating => {
+                self.given_up = Some(now);
+                self.tick(now, effects);
+            }
+            Phase::Finishing | Phase::Looking { .. } | Phase::Cancelling | Phase::Ended => {}
+        }
+    }
+
     pub(super) fn tick(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        if self.phase == Phase::Migrating && self.given_up.is_some_and(|again| now >= again) {
+            // Again and again: at first the hypervisor may have no job yet that it could abort.
+            self.given_up = Some(now + LOOK_AGAIN);
+            self.ask(&self.planned.from, Ask::Abort, effects);
+        }
         let Phase::Looking { again, source, destination, .. } = &mut self.phase else { return };
         if again.is_some_and(|again| now >= again) {
             (*again, *source, *destination) = (None, Sight::Open, Sight::Open);
@@ -244,6 +268,10 @@ impl Run {
         effects: &mut Vec<Effect>,
     ) {
         match (&self.phase, ask, answer) {
+            (Phase::Checking, Ask::Look, _) if self.given_up.is_some() => {
+                self.end(now, Outcome::Undone(GIVEN_UP.into()), effects);
+            }
+            (Phase::Preparing, Ask::Prepare, _) if self.given_up.is_some() => self.cancel(GIVEN_UP.into(), effects),
             (Phase::Checking, Ask::Look, Ok(Answer::Vms(vms))) => {
                 let here = vms.iter().find(|seen| seen.vm == self.planned.vm);
                 match here {

@@ -58,6 +58,7 @@ pub async fn answer(shared: Arc<Shared>, request: AdaptRequest, sink: Sink<Adapt
             };
             moved(&shared, &sink, proposal).await
         }
+        AdaptRequest::VmAbort { vm } => abort(&shared, &vm).await,
         AdaptRequest::Access { environment } => access(&shared, &environment).await,
         AdaptRequest::Switch { host, request } => {
             let command = Command::Switch(request);
@@ -187,6 +188,28 @@ async fn moved(
                 // The move goes on without whoever hung up.
                 let _ = sink.send(Response::Ok(AdaptReply::Progress(words))).await;
             }
+        }
+    }
+}
+
+/// Has a move given up and waits for its end, whichever that is.
+async fn abort(shared: &Shared, vm: &VmId) -> Result<AdaptReply, String> {
+    let mut events = shared.events.subscribe();
+    let number = {
+        let world = shared.world();
+        let running = world.state.migrations.values().find(|seen| seen.vm == *vm && seen.outcome == Outcome::Running);
+        let running = running.ok_or_else(|| format!("got {vm}, want a VM that is being moved (`violin vm list` shows moves)"))?;
+        // Nobody listens if the plan has ended this instant: then its end is on record below.
+        let _ = shared.give_up.send(vm.clone());
+        running.number
+    };
+    loop {
+        let ended = shared.world().state.migrations.get(&number).filter(|seen| seen.outcome != Outcome::Running).cloned();
+        if let Some(ended) = ended {
+            return Ok(AdaptReply::Migrations(vec![ended]));
+        }
+        if let Err(RecvError::Closed) = events.recv().await {
+            return Err("the manager ends".into());
         }
     }
 }

@@ -82,6 +82,7 @@ pub fn resume(shared: &Arc<Shared>) -> Vec<JoinHandle<Vec<Migration>>> {
 async fn drive(shared: Arc<Shared>, mut execution: Execution, first: Vec<Effect>) -> Vec<Migration> {
     let (answers, mut answered) = mpsc::unbounded_channel::<Answered>();
     let mut ticks = tokio::time::interval(TICK);
+    let mut orders = shared.give_up.subscribe();
     let mut effects = first;
     loop {
         for effect in effects {
@@ -99,6 +100,8 @@ async fn drive(shared: Arc<Shared>, mut execution: Execution, first: Vec<Effect>
             Some((migration, at, ask, answer)) = answered.recv() => {
                 execution.answered(clock::now(), migration, &at, &ask, answer)
             }
+            // One missed among very many is asked for again by whoever wants it.
+            Ok(vm) = orders.recv() => execution.give_up(clock::now(), &vm),
             _ = ticks.tick() => execution.tick(clock::now()),
         };
     }

@@ -57,6 +57,8 @@ pub struct Shared {
     world: Mutex<World>,
     /// What watchers are told.
     pub events: broadcast::Sender<Event>,
+    /// VMs whose moves an operator wants given up; heard by whatever carries plans out.
+    pub give_up: broadcast::Sender<VmId>,
     /// Counts up with every change of a VM or host.
     pub changes: watch::Sender<u64>,
     /// Set once with the reason why the manager must stop.
@@ -79,7 +81,8 @@ impl Shared {
             refusals_written: (BTreeSet::new(), Instant(0)),
         };
         let (events, changes, fatal) = (broadcast::channel(1024).0, watch::channel(0).0, watch::channel(None).0);
-        Self { config, world: Mutex::new(world), events, changes, fatal }
+        let give_up = broadcast::channel(64).0;
+        Self { config, world: Mutex::new(world), events, give_up, changes, fatal }
     }
 
     /// Takes the lock. A task that died with it left whole records behind, so what it knew still holds.

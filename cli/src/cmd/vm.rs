@@ -19,6 +19,11 @@ pub(crate) enum Vm {
         #[arg(long)]
         to: HostId,
     },
+    /// Give up the move of a VM that is under way: it runs on where it was. A gang takes its other VMs back.
+    Abort {
+        /// VM, for example alpha-c1.
+        vm: VmId,
+    },
 }
 
 /// Lists hosts.
@@ -96,6 +101,16 @@ pub(crate) fn run(target: &Target, output: Output, command: Vm) -> Result<()> {
         },
         Vm::Migrate { vm, to } => match target.follow(&AdaptRequest::VmMigrate { vm, to }, |words| eprintln!("{words}"))? {
             AdaptReply::Migrations(migrations) => finished(output, &migrations),
+            other => bail!("got {other:?}, want the move's record"),
+        },
+        Vm::Abort { vm } => match target.ask(&AdaptRequest::VmAbort { vm })? {
+            AdaptReply::Migrations(migrations) => {
+                print_migrations(output, &migrations)?;
+                if migrations.iter().any(|migration| migration.outcome == Outcome::Done) {
+                    bail!("it came too late: the VM has moved; `violin vm migrate` takes it back");
+                }
+                Ok(())
+            }
             other => bail!("got {other:?}, want the move's record"),
         },
     }

@@ -63,6 +63,12 @@ pub enum AdaptRequest {
         /// Where to.
         to: HostId,
     },
+    /// Gives up the move of a VM that is under way, then answers [`AdaptReply::Migrations`] with that one as it ended. A gang
+    /// that loses a move this way takes the others back.
+    VmAbort {
+        /// Which.
+        vm: VmId,
+    },
     /// Answers [`AdaptReply::Migrations`], oldest first.
     MigrationList,
     /// Answers [`AdaptReply::Decisions`], newest last.

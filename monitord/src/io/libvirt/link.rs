@@ -66,7 +66,10 @@ impl Link {
             let left = deadline.saturating_duration_since(Instant::now());
             if state.session.is_some() || state.reason.is_some() || left.is_zero() {
                 let reason = state.reason.as_deref().unwrap_or("connecting still");
-                return Err(HypervisorError::Unreachable(format!("libvirtd at {}: {reason}; tried again for ever", self.uri)));
+                return Err(HypervisorError::Unreachable(format!(
+                    "libvirtd at {}: {reason}; it is tried again until it answers",
+                    self.uri
+                )));
             }
             state = self.changed.wait_timeout(state, left).unwrap_or_else(std::sync::PoisonError::into_inner).0;
         }

@@ -115,8 +115,7 @@ pub(super) fn migrate(
         return Err(refuse(format!("got a VM that does not run (libvirt state {}), want one that runs", state.0)));
     }
     progress(None, "asking the destination");
-    let destination = reach(&incoming.connect)
-        .map_err(|said| refuse(format!("libvirtd at {}: {said}; the VM runs on here", incoming.connect)))?;
+    let destination = reach(&incoming.connect).map_err(|said| refuse(format!("libvirtd at {}: {said}", incoming.connect)))?;
     let xml = here.xml().map_err(|f| refused(&session, format!("moving {vm} to {to}"), &f))?;
     let xml = retarget(&xml, &incoming.places).ok_or_else(|| refuse("its description is not one of ours".into()))?;
     driver.sink.forget(vm);
@@ -139,7 +138,7 @@ pub(super) fn migrate(
         Place::There => Ok(statistics(driver, vm, &destination)),
         Place::Here => {
             let why = if leaving.abort.load(Ordering::SeqCst) { "given up as asked" } else { "failed" };
-            Err(refuse(format!("{why}: {failure}; the VM runs on here")))
+            Err(refuse(format!("{why}: {failure}")))
         }
         Place::Unknown(where_now) => Err(refuse(format!("failed: {failure}; THE VM DOES NOT RUN HERE: {where_now}"))),
     }

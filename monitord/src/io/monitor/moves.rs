@@ -25,7 +25,7 @@ const ARRIVAL_LIMIT: Duration = Duration::from_secs(3600);
 
 impl Monitor {
     pub(super) fn prepare(
-        &self,
+        self: &Arc<Self>,
         spec: &VmSpec,
         sources: &[SocketAddr],
         progress: &mut dyn FnMut(Answer),
@@ -96,7 +96,7 @@ impl Monitor {
     }
 
     /// Tells the hypervisor of a cancelled arrival once it can be reached, unless the VM is expected here again by then.
-    fn cancel_later(self: &Arc<Self>, vm: &VmId) {
+    pub(super) fn cancel_later(self: &Arc<Self>, vm: &VmId) {
         let (weak, vm) = (Arc::downgrade(self), vm.clone());
         std::thread::spawn(move || {
             loop {

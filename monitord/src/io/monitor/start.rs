@@ -1,7 +1,7 @@
 //! Starting and ending a VM.
 
 use super::{Monitor, Trouble, Vm};
-use crate::hypervisor::ImageFiles;
+use crate::hypervisor::{HypervisorError, ImageFiles};
 use crate::io::cgroup::HostGroup;
 use crate::io::record::Record;
 use crate::transaction::{Made, Part, Standing};
@@ -22,7 +22,7 @@ pub(super) const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
 impl Monitor {
     pub(super) fn start(
-        &self,
+        self: &Arc<Self>,
         spec: &VmSpec,
         epoch: Epoch,
         sources: &[SocketAddr],
@@ -83,13 +83,20 @@ impl Monitor {
     }
 
     /// Undoes what a command made; returns why, and what could not be undone.
-    pub(super) fn undo(&self, vm: &VmId, made: Made, why: &str) -> Trouble {
+    pub(super) fn undo(self: &Arc<Self>, vm: &VmId, made: Made, why: &str) -> Trouble {
         let mut left = Vec::new();
         for part in made.undo() {
             let undone = match part {
                 Part::Interface => self.remove_interface(vm),
                 Part::Port => self.switch.remove_ports(vm).map_err(|error| error.to_string()),
-                Part::Incoming => self.hypervisor.cancel_incoming(vm).map_err(|error| error.to_string()),
+                Part::Incoming => match self.hypervisor.cancel_incoming(vm) {
+                    // Nobody can start it here while the hypervisor is away; it is told when it is back.
+                    Err(HypervisorError::Unreachable(_)) => {
+                        self.cancel_later(vm);
+                        Ok(())
+                    }
+                    other => other.map_err(|error| error.to_string()),
+                },
                 Part::Guest => {
                     let stopped = self.hypervisor.stop(vm).map_err(|error| error.to_string());
                     self.forget(vm);
