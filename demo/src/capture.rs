@@ -1,6 +1,6 @@
 //! What the underlay carries: a capture at one host's wire, read back frame by frame.
 
-use crate::shell::Held;
+use crate::shell::{self, Held};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -40,13 +40,21 @@ impl Capture {
     /// Starts capturing the mesh port, and any bare canary, in a host's namespace.
     pub(crate) fn start(netns: &str, interface: &str, port: u16, file: &Path) -> Result<Self> {
         let mut command = Command::new("nsenter");
-        command.arg(format!("--net={netns}")).args(["--", "tcpdump", "-i", interface, "-s", SNAP, "-U", "-n", "-w"]).arg(file);
+        command
+            .arg(format!("--net={netns}"))
+            .args(["--", "tcpdump", "-i", interface, "-s", SNAP, "--immediate-mode", "-U", "-n", "-w"])
+            .arg(file);
         command
             .arg(format!("udp port {port} or ether proto 0x88b5"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        Ok(Self { child: Held::spawn(&mut command)?, file: file.to_owned() })
+        let child = Held::spawn(&mut command)?;
+        // It writes the file's head once it listens.
+        shell::wait_for("tcpdump to listen", Duration::from_secs(10), || {
+            Ok(std::fs::metadata(file).is_ok_and(|meta| meta.len() >= 24))
+        })?;
+        Ok(Self { child, file: file.to_owned() })
     }
 
     /// Ends it and reads what it kept.

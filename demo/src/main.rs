@@ -29,7 +29,7 @@ pub(crate) struct Options {
     /// Decides which host is crowded and by whom (default: drawn, and printed).
     #[arg(long)]
     seed: Option<u64>,
-    /// Where report.json and its evidence go.
+    /// Where report.json and its evidence go; those of an earlier demo there are removed.
     #[arg(long, default_value = "target/demo")]
     out: PathBuf,
     /// Name of the lab.
@@ -88,10 +88,17 @@ fn main() -> ExitCode {
 
 /// Plays the whole and writes the report; whether all checks held.
 fn play(options: &Options) -> Result<bool> {
-    if options.out.exists() {
-        std::fs::remove_dir_all(&options.out).with_context(|| format!("cannot clear {}", options.out.display()))?;
+    let (report, evidence) = (options.out.join("report.json"), options.out.join("evidence"));
+    // Nothing else: whoever names another folder has other things in it.
+    for result in [std::fs::remove_file(&report), std::fs::remove_dir_all(&evidence)] {
+        match result {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot clear {} of an earlier demo", options.out.display()));
+            }
+            _ => {}
+        }
     }
-    std::fs::create_dir_all(options.out.join("evidence")).with_context(|| format!("cannot make {}", options.out.display()))?;
+    std::fs::create_dir_all(&evidence).with_context(|| format!("cannot make {}", options.out.display()))?;
     let seed = options.seed.unwrap_or_else(seed::drawn);
     let cast = seed::Cast::draw(seed);
     shell::say(&format!(

@@ -128,12 +128,15 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
 
     let gang =
         done.iter().find(|migration| migration.gang.is_some() && migration.from_domain != migration.to_domain).map(|first| {
-            let members: Vec<_> =
-                done.iter().filter(|other| other.gang == first.gang).map(|other| other.vm.to_string()).collect();
+            // Those of one decision: two halves make no gang.
+            let same = |other: &&&Migration| other.gang == first.gang && other.decision == first.decision;
+            let members: BTreeSet<_> = done.iter().filter(same).map(|other| other.vm.to_string()).collect();
             json!({ "environment": first.gang, "from": first.from_domain, "to": first.to_domain, "members": members })
         });
     let gang_size = gang.as_ref().and_then(|gang| gang["members"].as_array()).map_or(0, Vec::len);
     let inside = done.iter().filter(|migration| migration.from_domain == migration.to_domain).count();
+    let first_crosses =
+        done.iter().min_by_key(|migration| migration.began).is_some_and(|first| first.from_domain != first.to_domain);
     let heads: BTreeSet<_> = stage.vms()?.into_iter().filter(|vm| vm.role == Role::Head).map(|vm| vm.vm).collect();
     let heads_moved = stage
         .migrations()?
@@ -160,7 +163,7 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
     }
     check("the calm run shows no move", calm.migrations.is_empty(), format!("{} moves", calm.migrations.len()));
     check("the overloaded run shows no move", overloaded.migrations.is_empty(), format!("{} moves", overloaded.migrations.len()));
-    check("VMs were moved inside a domain first", inside > 0, format!("{inside} moves inside a domain"));
+    check("VMs were moved inside a domain first", inside > 0 && !first_crosses, format!("{inside} moves inside a domain"));
     check("then all compute nodes of one environment went to another domain", gang_size == 4, format!("a gang of {gang_size}"));
     check(
         "every move that began was done",
@@ -198,6 +201,12 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
         underlay.canaries > 0 && underlay.canaries_in_wrong_network == 0 && underlay.bare == 0,
         format!("{} canaries in {} datagrams of networks {:?}", underlay.canaries, underlay.datagrams, underlay.by_vni.keys()),
     );
+    let control = &recorded.planted_underlay;
+    check(
+        "a canary in another network and a bare one are counted there (control)",
+        control.canaries_in_wrong_network > 0 && control.bare > 0,
+        format!("{} in a wrong network, {} bare", control.canaries_in_wrong_network, control.bare),
+    );
     check("head nodes stayed in their domain", heads_moved == 0, heads_moved.to_string());
 
     Ok(Report {
@@ -215,7 +224,7 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
                      "transfers": transfers.iter().map(|(label, transfer)| json!({ "run": label, "transfer": transfer })).collect::<Vec<_>>() }),
         probe: json!({ "control_lost": recorded.withheld_lost }),
         isolation: json!({ "leaked_frames": leaked, "control_seen": recorded.planted_seen > 0, "planted_seen": recorded.planted_seen,
-                           "canaries": recorded.canaries, "underlay": underlay }),
+                           "canaries": recorded.canaries, "underlay": underlay, "underlay_control": control }),
         head_nodes_left_domain: heads_moved,
         seed,
         guests: options.guests.word(),

@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::Write as _;
-use std::path::PathBuf;
-use std::process::Stdio;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 use violin_common::api::adapt::{AdaptRequest, Migration, Mode, VmListed};
 
@@ -66,6 +66,8 @@ pub(crate) struct Recorded {
     pub(crate) canaries: BTreeMap<String, Canaries>,
     /// Foreign canaries counted after one was planted.
     pub(crate) planted_seen: u64,
+    /// What the underlay carried meanwhile: that canary in a network not its own, and one bare.
+    pub(crate) planted_underlay: Seen,
     /// Probe frames counted lost when one was withheld.
     pub(crate) withheld_lost: u64,
     /// Whether a corrupted transfer was noticed.
@@ -98,10 +100,11 @@ pub(crate) fn play(options: &Options, stage: &Stage, cast: &Cast) -> Result<Reco
     shell::say("counting canaries, then planting one that must be counted, withholding one probe frame, corrupting one transfer");
     stage.ask(&AdaptRequest::SetMode(Mode::Observe))?;
     let canaries = count_canaries(stage)?;
-    let planted_seen = planted(stage, &canaries)?;
+    let (planted_seen, planted_underlay) = planted(stage, &canaries, &evidence)?;
     let withheld_lost = prober::withheld_is_counted(&stage.operator, &stage.ways, &evidence)?;
     let corruption_noticed = transfers::corrupted_is_noticed(&stage.operator)?;
-    Ok(Recorded { runs: vec![calm, overloaded, adaptive], canaries, planted_seen, withheld_lost, corruption_noticed, underlay })
+    let runs = vec![calm, overloaded, adaptive];
+    Ok(Recorded { runs, canaries, planted_seen, planted_underlay, withheld_lost, corruption_noticed, underlay })
 }
 
 /// When the crowd comes, in seconds after HPL's start; the same in both overloaded runs.
@@ -259,8 +262,20 @@ fn count_canaries(stage: &Stage) -> Result<BTreeMap<String, Canaries>> {
     Ok(all)
 }
 
-/// The positive control: alpha's head sends one canary with beta's tag. How many foreign ones alpha's guests count now.
-fn planted(stage: &Stage, before: &BTreeMap<String, Canaries>) -> Result<u64> {
+/// The positive controls: alpha's head sends one canary with a foreign tag, its host one outside the mesh. How many foreign
+/// ones alpha's guests count now, and what the wire of that host carried.
+fn planted(stage: &Stage, before: &BTreeMap<String, Canaries>, evidence: &Path) -> Result<(u64, Seen)> {
+    let head = stage.vms()?.into_iter().find(|vm| vm.vm.as_str() == "alpha-head").and_then(|vm| vm.host);
+    let host = stage.lab.hosts.iter().find(|host| Some(&host.host) == head.as_ref()).context("alpha's head runs nowhere")?;
+    let file = evidence.join("underlay-control.pcap");
+    let capture = Capture::start(&host.netns_path(), &host.underlay_interface, host.mesh_port, &file)?;
+    let mut bare = Command::new("nsenter");
+    bare.arg(format!("--net={}", host.netns_path())).arg("--").arg(stage.lab.binaries.join("violin-probe"));
+    bare.args(["plant-foreign", "--tag", "65000", "--interface", &host.underlay_interface]);
+    let output = bare.output().context("cannot run nsenter")?;
+    if !output.status.success() {
+        bail!("no bare canary could be sent: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
     stage.operator.on_run("alpha", "head", &["violin-probe", "plant-foreign", "--tag", "65000"])?;
     let mut seen = 0;
     shell::wait_for("the planted canary to be counted", Duration::from_secs(10), || {
@@ -280,7 +295,7 @@ fn planted(stage: &Stage, before: &BTreeMap<String, Canaries>) -> Result<u64> {
             Err(error)
         }
     })?;
-    Ok(seen)
+    Ok((seen, capture.finish()?))
 }
 
 fn monotonic_ns() -> Result<u64> {

@@ -38,7 +38,8 @@ impl Stage {
             manager: PathBuf::new(),
             ways: BTreeMap::new(),
             name: options.lab.clone(),
-            keep: Cell::new(false),
+            // What fails to come up goes by itself, and what stood there before is not ours to take down.
+            keep: Cell::new(true),
         };
         stage.up(options, cast)
     }
@@ -51,6 +52,7 @@ impl Stage {
             words.extend(["--image", "target/image"]);
         }
         self.operator.run(words)?;
+        self.keep.set(false);
         self.lab = LabState::load(&options.lab)?;
         self.manager = self.lab.adaptd.socket.clone();
         shell::say("switches, monitors and the manager run; starting two environments with the same MAC and IP addresses");

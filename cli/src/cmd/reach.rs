@@ -118,7 +118,8 @@ pub(crate) fn run(
     let mut hosts = String::new();
     let mut slots = 0;
     for vm in way.environment.vms.iter().filter(|vm| vm.role == Role::Compute) {
-        let node = vm.vm.as_str().rsplit('-').next().unwrap_or_default();
+        let prefix = format!("{environment}-");
+        let node = vm.vm.as_str().strip_prefix(&prefix).unwrap_or_else(|| vm.vm.as_str());
         let vcpus = way.environment.spec.nodes()?.iter().find(|spec| spec.vm == vm.vm).map_or(1, |spec| spec.vcpus);
         slots += vcpus;
         writeln!(hosts, "{node} slots={vcpus}")?;
