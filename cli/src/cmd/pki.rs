@@ -33,7 +33,8 @@ pub(crate) enum Pki {
 pub(crate) fn run(command: Pki, output: Output) -> Result<()> {
     match command {
         Pki::Init { dir } => {
-            if dir.join("ca.key").exists() {
+            // A host has only the certificate of the authority it trusts: that must not be replaced either.
+            if ["ca.key", "ca.pem"].iter().any(|name| dir.join(name).exists()) {
                 bail!("{} has an authority already; certificates of a new one would not be accepted beside it", dir.display());
             }
             pki::write_pki(&dir, AUTHORITY, &[])?;

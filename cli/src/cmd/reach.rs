@@ -91,17 +91,26 @@ pub(crate) fn copy(target: &Target, from: &str, to: &str) -> Result<()> {
     let way = Way::open(target, &remote.0.parse()?)?;
     let address = way.vm(Some(node))?.address;
     let mut command = way.ssh(address);
+    // A file that was there stays until the whole has come; a pipe or device is written as it comes.
+    let special = std::fs::metadata(local).is_ok_and(|meta| !meta.is_file());
+    let part = if special { local.to_owned() } else { format!("{local}.part") };
     let quoted = format!("'{}'", path.replace('\'', "'\\''"));
     if into {
         command.arg(format!("cat > {quoted}"));
         command.stdin(std::fs::File::open(local).with_context(|| format!("cannot read {local}"))?);
     } else {
         command.arg(format!("cat {quoted}"));
-        command.stdout(std::fs::File::create(local).with_context(|| format!("cannot write {local}"))?).stdin(Stdio::null());
+        command.stdout(std::fs::File::create(&part).with_context(|| format!("cannot write {part}"))?).stdin(Stdio::null());
     }
     let status = command.status().context("cannot run nsenter and ssh")?;
     if !status.success() {
+        if !into && !special {
+            let _ = std::fs::remove_file(&part);
+        }
         bail!("copy failed: {status}");
+    }
+    if !into && !special {
+        std::fs::rename(&part, local).with_context(|| format!("cannot write {local}"))?;
     }
     Ok(())
 }
