@@ -7,6 +7,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+use violin_channel::tls::Credentials;
 use violin_common::api::adapt::Mode;
 use violin_common::config::adapt::AdaptConfig;
 
@@ -17,7 +18,7 @@ struct Arguments {
     /// Configuration file; configs/adaptd.example.toml explains every key.
     #[arg(long, default_value = "/etc/violin/adaptd.toml")]
     config: PathBuf,
-    /// Reads and checks the configuration and ends.
+    /// Reads and checks the configuration and its certificate, then ends.
     #[arg(long)]
     check: bool,
     /// Decides and lists what it would do, and moves nothing; overrides `mode`.
@@ -40,6 +41,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&arguments.config).with_context(|| format!("reading the configuration {path}"))?;
     let mut config = AdaptConfig::parse(&text).with_context(|| format!("configuration {path}"))?;
     if arguments.check {
+        Credentials::load(&config.tls).with_context(|| format!("configuration {path}"))?;
         println!("{path}: good");
         return Ok(());
     }

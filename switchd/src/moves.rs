@@ -150,6 +150,11 @@ impl Entry {
         self.entered.insert(state as u8, (state, now));
     }
 
+    /// The VM runs behind our port: the hypervisor says so, or whoever put the port back.
+    const fn runs(&self) -> bool {
+        self.running.is_some() || self.claiming.is_some()
+    }
+
     const fn owns(&self) -> bool {
         matches!(self.state, MoveState::Owned | MoveState::Granted)
     }
@@ -257,6 +262,11 @@ impl Moves {
         let me = self.host.clone();
         let Some(entry) = self.entries.get_mut(&key) else { return };
         let Some(wanted) = entry.claiming.take() else { return };
+        if entry.state == MoveState::Prepared {
+            // Its source has not heard that the VM arrived, and has granted again: that one is fenced first.
+            entry.running.get_or_insert(now);
+            return self.arrive(now, key);
+        }
         match entry.owner.clone() {
             // Whoever is known to own it keeps it: a claim of the same epoch is the later one.
             Some((epoch, host)) if epoch >= wanted && host != me => {

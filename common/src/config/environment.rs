@@ -122,7 +122,7 @@ impl EnvironmentSpec {
         if !(576..=9000).contains(&network.mtu) {
             return Err(ConfigError::value("network.mtu", network.mtu, "576 to 9000"));
         }
-        if network.first_mac.is_group() {
+        if network.first_mac.is_group() || network.first_mac == MacAddr([0; 6]) {
             return Err(ConfigError::value("network.first-mac", network.first_mac, "an individual address"));
         }
         let mut nodes = Vec::new();
@@ -133,6 +133,9 @@ impl EnvironmentSpec {
             }
             if group.vcpus == 0 || group.vcpus > 255 {
                 return Err(ConfigError::value(format!("group[{index}].vcpus"), group.vcpus, "1 to 255"));
+            }
+            if group.memory_mib == 0 {
+                return Err(ConfigError::value(format!("group[{index}].memory-mib"), group.memory_mib, "at least 1"));
             }
             for number in 1..=group.count {
                 let name = if group.count == 1 { group.name.clone() } else { format!("{}{number}", group.name) };

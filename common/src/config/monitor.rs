@@ -135,6 +135,13 @@ impl MonitorConfig {
                 return Err(ConfigError::value(key, value, "more than 0, at most 4096"));
             }
         }
+        if config.capacity.memory_mib == 0 {
+            return Err(ConfigError::value("capacity.memory-mib", config.capacity.memory_mib, "at least 1"));
+        }
+        if config.listen.ip().is_unspecified() {
+            // Other monitors are told to fetch images there.
+            return Err(ConfigError::value("listen", config.listen, "an address of this host, not the wildcard"));
+        }
         Ok(config)
     }
 }

@@ -155,7 +155,7 @@ impl SwitchConfig {
                 ));
             }
             if let PortConfig::Packet { vni, mac: Some(mac), .. } = port
-                && (mac.is_group() || !macs.insert((*vni, *mac)))
+                && (mac.is_group() || *mac == MacAddr([0; 6]) || !macs.insert((*vni, *mac)))
             {
                 return Err(ConfigError::value(format!("port[{index}].mac"), mac, "an individual address, once a network"));
             }

@@ -52,7 +52,8 @@ impl Moves {
                 self.send(from, Message::Moved { owned: at(key, own), host: me });
                 return;
             }
-            let expected = entry.given.as_ref().is_some_and(|given| given.to == *from && given.epoch == epoch);
+            // Perhaps an earlier grant than the last: it was owned, and forgotten by a destination that started anew.
+            let expected = entry.given.as_ref().is_some_and(|given| given.to == *from && given.epoch >= epoch);
             (entry.given, entry.running) = (None, None);
             entry.enter(now, MoveState::Gone);
             entry.expires = Some(now + TOMBSTONE);
@@ -186,7 +187,6 @@ impl Moves {
         if entry.owner.as_ref().is_none_or(|(_, host)| host != from) {
             entry.owner = Some((Epoch::default(), from.clone()));
         }
-        entry.claiming = None;
         entry.enter(now, MoveState::Prepared);
         self.step(from, key, epoch, Step::Granted);
         self.arrive(now, key);
@@ -203,7 +203,7 @@ impl Moves {
             return self.send(from, message);
         }
         let ours = entry.got.as_ref().is_some_and(|got| got.from == *from && got.epoch <= epoch);
-        if ours && entry.running.is_some() {
+        if ours && entry.runs() {
             // The VM runs here: there is no way back. The source will fence.
             return self.arrive(now, key);
         }

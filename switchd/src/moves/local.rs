@@ -110,7 +110,7 @@ impl Moves {
                 }
                 self.tell_given(now, key);
             }
-            MoveState::Prepared if entry.running.is_some() => {
+            MoveState::Prepared if entry.runs() => {
                 return Err(format!("the VM of MAC {} runs here already: its move cannot be aborted any more", key.1));
             }
             MoveState::Prepared => self.release(now, key, "the move was aborted at its destination"),
@@ -144,7 +144,7 @@ impl Moves {
         let Some(got) = entry.got.take() else { return };
         entry.own = got.epoch;
         (entry.owner, entry.running, entry.given, entry.expires) = (None, None, None, None);
-        entry.stopped = false;
+        (entry.stopped, entry.claiming) = (false, None);
         entry.enter(now, MoveState::Owned);
         self.announce(key, Some(got.from));
     }

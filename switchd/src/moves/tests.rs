@@ -23,6 +23,8 @@ struct World {
     wire: Vec<(usize, usize, Message)>,
     /// Where the VM runs; none while it is stopped between two hosts.
     runs: Option<usize>,
+    /// Those that started anew and do not let their ports claim yet.
+    unsettled: [bool; 3],
     next_port: u32,
 }
 
@@ -33,6 +35,7 @@ impl World {
             switches: NAMES.iter().map(|name| Some(Moves::new(name.parse().unwrap()))).collect(),
             wire: Vec::new(),
             runs: Some(0),
+            unsettled: [false; 3],
             next_port: 1,
         };
         world.port(0, Here { epoch: Epoch::FIRST });
@@ -62,8 +65,8 @@ impl World {
 
     fn port(&mut self, host: usize, ownership: Ownership) {
         self.next_port += 1;
-        let port = PortId(self.next_port);
-        self.at(host, |moves, now| drop(moves.port_added(now, key(), port, vm(), ownership, true)));
+        let (port, settled) = (PortId(self.next_port), !self.unsettled[host]);
+        self.at(host, |moves, now| drop(moves.port_added(now, key(), port, vm(), ownership, settled)));
     }
 
     fn deliver(&mut self, index: usize) {
@@ -108,6 +111,9 @@ impl World {
         let up: Vec<bool> = self.switches.iter().map(Option::is_some).collect();
         let complete = up.iter().all(|up| *up) && self.wire.is_empty();
         for host in 0..3 {
+            if std::mem::take(&mut self.unsettled[host]) {
+                self.at(host, Moves::settle);
+            }
             self.at(host, |moves, now| {
                 let reachable = |peer: &HostId| NAMES.iter().position(|name| *name == peer.as_str()).is_some_and(|peer| up[peer]);
                 moves.tick(now, &reachable, complete);
@@ -314,6 +320,32 @@ fn a_restarted_owner_that_claims_too_low_an_epoch_is_told_and_raises_it() {
     assert_eq!(world.switches[2].as_ref().unwrap().seen(key()).unwrap().epoch, Epoch::FIRST.after(2));
 }
 
+/// The owner dies before anybody has heard of it; its source, fenced, grants again to a port that waits to claim.
+#[test]
+fn a_restarted_owner_that_nobody_heard_of_takes_the_grant_for_its_claim() {
+    for epoch in [Epoch::FIRST, Epoch::FIRST.after(1)] {
+        let mut world = World::new();
+        world.port(1, Arriving);
+        world.grant(0, 1);
+        world.deliver_all();
+        world.hypervisor_stops();
+        world.deliver_all();
+        world.hypervisor_runs(1);
+        world.wire.clear();
+
+        world.switches[1] = Some(Moves::new(NAMES[1].parse().unwrap()));
+        world.unsettled[1] = true;
+        world.port(1, Here { epoch });
+        world.reconnect(0, 1);
+        world.deliver_all();
+        assert!(!world.open(1), "not before it has heard everybody");
+        world.pass(Duration::from_millis(50));
+        world.deliver_all();
+
+        assert_eq!((world.state(0), world.state(1)), (Some(MoveState::Gone), Some(MoveState::Owned)));
+    }
+}
+
 #[test]
 fn a_vm_that_runs_where_nobody_was_granted_is_adopted_when_nobody_owns_it() {
     let mut world = World::new();
@@ -475,6 +507,7 @@ fn put_back(world: &mut World, host: usize, destination: Option<usize>) {
 fn crash(world: &mut World, host: usize, destination: Option<usize>, at_once: bool) {
     world.wire.retain(|(from, to, _)| *from != host && *to != host);
     world.switches[host] = Some(Moves::new(NAMES[host].parse().unwrap()));
+    world.unsettled[host] = true;
     for other in (0..3).filter(|other| *other != host) {
         let macs = world.switches[other].as_ref().map(|moves| moves.ours(&|_| true)).unwrap_or_default();
         let name: HostId = NAMES[other].parse().unwrap();

@@ -1,6 +1,8 @@
 //! Network namespaces with a data plane in each, for tests that need root.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod site;
+
 use arc_swap::ArcSwap;
 use nix::sched::{CloneFlags, setns};
 use std::collections::{HashMap, HashSet};
