@@ -6,6 +6,9 @@ mod support;
 use std::net::UdpSocket;
 use std::time::Duration;
 use support::{MTU, guest, two_hosts, until, vni};
+use switchd::drops::DropReason;
+use switchd::tables::Place;
+use violin_common::PortId;
 
 #[test]
 #[ignore = "needs root"]
@@ -162,4 +165,23 @@ fn networks_do_not_mix() {
 
     assert!(!g1.try_run("busybox ping -c 2 -W 1 10.5.0.2").status.success());
     assert!(!g2.try_run("busybox ping -c 2 -W 1 10.5.0.1").status.success());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_removed_port_does_not_speak_for_the_next_one_of_its_slot() {
+    let (mut a, _b) = two_hosts(&[vni(5), vni(6)], MTU);
+    let g1 = guest(&a.ns, "p1", "10.5.0.1", MTU);
+    let (slot, id) = a.packet_port(vni(5), "p1", MTU);
+
+    // Its successor is in the tables, and the detach is still on its way.
+    a.change(|tables| {
+        let port = tables.ports[usize::from(slot.0)].as_mut().unwrap();
+        (port.id, port.vni) = (PortId(id.0 + 1), vni(6));
+    });
+    g1.try_run("busybox ping -c 1 -W 1 10.5.0.2");
+
+    until("its frames are counted", || a.counters.drops.of(DropReason::NoNetwork) > 0);
+    let learned = a.tables.load().networks[&vni(6)].fdb.entries();
+    assert!(learned.iter().all(|row| row.place != Place::Port(slot)), "it spoke: {learned:?}");
 }
