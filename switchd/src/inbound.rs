@@ -18,6 +18,9 @@ use violin_common::wire::ethernet::Header;
 use violin_common::wire::mesh::{Kind, OUTER_LEN, Outer, SLICE_LEN, Segmentation, Slice, mark};
 use violin_common::{Instant, MacAddr};
 
+/// Parts one write can take: IOV_MAX is 1024, and a port adds headers of its own.
+const MAX_PARTS: usize = 1000;
+
 /// A super-frame whose slices are still coming in; lives as long as the receive buffers it points into.
 #[derive(Debug)]
 struct Merge<'b> {
@@ -50,9 +53,9 @@ impl<'b> Merge<'b> {
         if merge.extend(&slice, bytes) { Ok(merge) } else { Err(DropReason::BadSlice) }
     }
 
-    /// Takes the slice if it is the next one of this super-frame.
+    /// Takes the slice if it is the next one of this super-frame and there is room for it.
     fn extend(&mut self, slice: &Slice, bytes: &'b [u8]) -> bool {
-        if *slice != (Slice { offset: self.next, ..self.first }) {
+        if self.parts.len() >= MAX_PARTS || *slice != (Slice { offset: self.next, ..self.first }) {
             return false;
         }
         let Some((_, piece)) = bytes.split_at_checked(self.transport.payload) else { return false };

@@ -264,6 +264,21 @@ proptest! {
 }
 
 #[test]
+fn a_super_frame_of_more_parts_than_one_write_takes_arrives_in_two() {
+    let mut all = hosts(2, 1400, 1472);
+    let (offload, bytes) = tcp(60_000);
+    all[0].speak(PORT, Offload { segment_size: 50, ..offload }, &bytes);
+    let datagrams: Vec<_> = std::mem::take(&mut all[0].out.sent).into_iter().map(|(_, datagram)| datagram).collect();
+    assert_eq!(datagrams.len(), 1200);
+    all[1].hear(address(0), &datagrams);
+
+    let got: Vec<u8> = all[1].out.delivered.iter().flat_map(|(_, _, frame)| frame[54..].to_vec()).collect();
+    assert_eq!(got, bytes[54..]);
+    // IOV_MAX is 1024, and the headers are a part too.
+    assert!(all[1].out.delivered.iter().all(|(_, _, frame)| (frame.len() - 54) / 50 < 1000));
+}
+
+#[test]
 fn unknown_unicast_floods_once_to_each_place_and_learned_goes_to_one() {
     let mut all = hosts(3, 1400, 1472);
     all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
