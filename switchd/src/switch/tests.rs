@@ -229,6 +229,9 @@ fn a_message_before_hello_and_a_false_name_end_the_connection() {
     let newer = Hello { host: name(3), oldest: PROTOCOL + 1, newest: PROTOCOL + 2, ..hello.clone() };
     let refused = switch.handle_message(mesh.now, LinkId(900), Message::Hello(newer));
     assert!(refused.unwrap_err().contains("upgrade the older end"));
+    let narrow = Hello { host: name(3), max_datagram: 44, ..hello.clone() };
+    let refused = switch.handle_message(mesh.now, LinkId(900), Message::Hello(narrow));
+    assert!(refused.unwrap_err().contains("got max-datagram 44, want 1232"));
     let sealed = Hello { host: name(3), aead: Aead::Aes256Gcm, ..hello };
     let refused = switch.handle_message(mesh.now, LinkId(900), Message::Hello(sealed));
     assert!(refused.unwrap_err().contains("configured alike"));
