@@ -84,6 +84,15 @@ fn a_vanished_interface_is_no_error_and_is_found_again() {
     drop(g2);
 }
 
+/// Whether this kernel lets a chain name an interface that is still to come.
+fn guards_ahead(ns: &support::Namespace) -> bool {
+    ns.run("nft add table netdev probe");
+    let chain = "nft \"add chain netdev probe c { type filter hook ingress device still-to-come priority 0; }\"";
+    let can = ns.try_run(chain).status.success();
+    ns.run("nft delete table netdev probe");
+    can
+}
+
 #[test]
 #[ignore = "needs root"]
 fn frames_for_an_interface_that_is_still_on_its_way_wait_for_it() {
@@ -94,11 +103,17 @@ fn frames_for_an_interface_that_is_still_on_its_way_wait_for_it() {
     let kind = violin_common::api::switch::PortKind::Packet { interface: "p1".into() };
     let missing = b.ns.enter(|| b.plane().attach(port.0, port.1, &kind, MTU, true));
     assert!(matches!(missing, Err(switchd::io::dataplane::AttachError::NotThere(_))), "{missing:?}");
-    // The guard is there first: from its first frame on the guest is alone with the switch.
-    assert!(b.ns.run("nft list tables").contains("violin_p1"));
+    // Where the kernel can do it (6.16) the guard is there first: from its first frame on the guest is alone with the switch.
+    let ahead = guards_ahead(&b.ns);
+    assert_eq!(b.ns.run("nft list tables").contains("violin_p1"), ahead, "the guard and what the kernel can do");
     let g2 = guest(&b.ns, "p1", "10.5.0.2", MTU);
-    b.ns.run("ip addr add 10.5.0.99/24 dev p1 && ip link set p1 up");
-    assert!(!g2.try_run("busybox ping -c 1 -W 1 10.5.0.99").status.success(), "the host answered before the port was attached");
+    if ahead {
+        b.ns.run("ip addr add 10.5.0.99/24 dev p1 && ip link set p1 up");
+        let ping = g2.try_run("busybox ping -c 1 -W 1 10.5.0.99");
+        assert!(!ping.status.success(), "the host answered before the port was attached");
+    } else {
+        println!("this kernel guards no interface ahead: not tested");
+    }
     g2.run("ip link set eth0 address 52:54:00:00:00:02");
     g1.run("ip neigh add 10.5.0.2 lladdr 52:54:00:00:00:02 dev eth0");
     let socket = g2.enter(|| UdpSocket::bind("10.5.0.2:9000").unwrap());
