@@ -127,7 +127,7 @@ impl Pump {
                 Ok(count) => count,
                 Err(nix::Error::EINTR) => 0,
                 Err(error) => {
-                    tracing::error!(%error, "epoll failed: this switch forwards nothing more; restart it");
+                    tracing::error!(%error, "epoll failed: the worker ends");
                     return;
                 }
             };
