@@ -342,13 +342,14 @@ impl Members {
         self.links.get(&id)
     }
 
-    /// A peer carries these networks from now on. Returns those it did not carry before.
-    pub fn carries(&mut self, id: LinkId, networks: Vec<Vni>) -> Vec<Vni> {
-        let Some(link) = self.links.get_mut(&id) else { return Vec::new() };
+    /// A peer carries these networks from now on. Returns those it did not carry before, and those it carries no more.
+    pub fn carries(&mut self, id: LinkId, networks: Vec<Vni>) -> (Vec<Vni>, Vec<Vni>) {
+        let Some(link) = self.links.get_mut(&id) else { return Default::default() };
         let new: BTreeSet<Vni> = networks.into_iter().collect();
         let added = new.difference(&link.networks).copied().collect();
+        let removed = link.networks.difference(&new).copied().collect();
         link.networks = new;
-        added
+        (added, removed)
     }
 
     /// Whether the peer's daemon is the one we were connected with before.

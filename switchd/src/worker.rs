@@ -254,9 +254,10 @@ impl Worker {
         }
     }
 
-    /// Puts a frame on its way to a peer.
+    /// Puts a frame on its way to a peer that carries its network.
     pub(crate) fn cross(&mut self, tables: &Forwarding, slot: PeerSlot, crossing: &Crossing<'_>, out: &mut dyn Egress) {
-        let Some(peer) = tables.peers.get(usize::from(slot.0)).and_then(Option::as_ref) else {
+        let peer = tables.peers.get(usize::from(slot.0)).and_then(Option::as_ref);
+        let Some(peer) = peer.filter(|peer| peer.networks.contains(&crossing.vni)) else {
             return self.counters.drops.count(DropReason::Gone);
         };
         if self.senders.len() <= usize::from(slot.0) {

@@ -293,13 +293,27 @@ fn unknown_unicast_floods_once_to_each_place_and_learned_goes_to_one() {
 }
 
 #[test]
+fn what_was_learned_at_a_peer_that_stopped_carrying_the_network_is_flooded() {
+    let mut all = hosts(3, 1400, 1472);
+    all[0].network().fdb.learn(NOW, 0, mac(9), Place::Peer(PeerSlot(1)));
+    all[0].tables.peers[1].as_mut().unwrap().networks.clear();
+    all[0].network().peers.retain(|peer| *peer != PeerSlot(1));
+    all[0].speak(PORT, Offload::default(), &frame(mac(9), mac(1), 50));
+    assert_eq!(carry(&mut all), 1);
+    assert_eq!((all[2].out.delivered.len(), all[0].counters.drops.of(DropReason::Gone)), (1, 0));
+}
+
+#[test]
 fn a_flood_reaches_no_other_network() {
     let mut all = hosts(2, 1400, 1472);
     all[0].speak(PORT, Offload::default(), &frame(MacAddr::BROADCAST, mac(1), 50));
     carry(&mut all);
     assert!(all.iter().all(|host| host.out.delivered.iter().all(|(slot, _, _)| *slot == PORT)));
 
-    // Network 6 is carried by both, but the peer may not carry it.
+    // Network 6 is carried by both, but neither knows it of the other.
+    all[0].speak(PortSlot(1), Offload::default(), &frame(MacAddr::BROADCAST, mac(1), 50));
+    assert_eq!((carry(&mut all), all[0].counters.drops.of(DropReason::Gone)), (0, 1));
+    all[0].tables.peers[1].as_mut().unwrap().networks.insert(vni(6));
     all[0].speak(PortSlot(1), Offload::default(), &frame(MacAddr::BROADCAST, mac(1), 50));
     carry(&mut all);
     assert_eq!(all[1].out.delivered.len(), 1);

@@ -322,6 +322,23 @@ fn an_announced_learned_mac_corrects_the_fdb_but_never_fills_it() {
 }
 
 #[test]
+fn a_peer_that_stops_carrying_a_network_is_forgotten_there_and_teaches_nothing_of_it() {
+    let mut mesh = Mesh::new(2);
+    mesh.port(1, "a", None);
+    let fdb = Arc::clone(&mesh.network(1).fdb);
+    fdb.learn(mesh.now, 0, MAC, Place::Peer(mesh.network(1).peers[0]));
+
+    mesh.ask(2, SwitchRequest::NetworkRemove { vni: vni(5) }).unwrap();
+    assert!(fdb.is_empty(), "frames for it would be dropped until it has aged");
+
+    fdb.learn(mesh.now, 0, MAC, Place::Port(PortSlot(0)));
+    mesh.now = mesh.now + crate::fdb::SETTLE;
+    let link = mesh.switches[0].link_of(&name(2)).unwrap();
+    mesh.switches[0].handle_message(mesh.now, link, Message::Learned { vni: vni(5), vid: 0, mac: MAC }).unwrap();
+    assert_eq!(fdb.lookup(mesh.now, 0, MAC, Duration::from_secs(300)), Some(Place::Port(PortSlot(0))));
+}
+
+#[test]
 fn ports_and_networks_refuse_what_cannot_be() {
     let mut mesh = Mesh::new(1);
     mesh.port(1, "a", Some(Ownership::Arriving));
