@@ -163,7 +163,8 @@ impl Worker {
             transport = Some(found);
         }
         let parts: [&[u8]; 1] = [frame];
-        let passing = Passing { vni: slice.vni, from: Place::Peer(peer), header, offload, transport, parts: &parts };
+        let passing =
+            Passing { vni: slice.vni, from: Place::Peer(peer), header, offload, transport, parts: &parts, flooded: false };
         self.forward_in(now, tables, peer, slice.marks, &passing, out)
     }
 
@@ -191,7 +192,7 @@ impl Worker {
             header_len: transport.payload as u16,
         };
         let (vni, from, header) = (first.vni, Place::Peer(merge.peer), merge.header);
-        let passing = Passing { vni, from, header, offload, transport: Some(transport), parts: &merge.parts };
+        let passing = Passing { vni, from, header, offload, transport: Some(transport), parts: &merge.parts, flooded: false };
         if let Err(reason) = self.forward_in(now, tables, merge.peer, first.marks, &passing, out) {
             self.counters.drops.count(reason);
         }
@@ -256,8 +257,9 @@ impl Worker {
     }
 
     fn flood_in(&mut self, now: Instant, tables: &Forwarding, network: &Network, passing: &Passing<'_>, out: &mut dyn Egress) {
+        let passing = Passing { flooded: true, ..*passing };
         for &port in &network.ports {
-            self.hand_over(now, tables, port, passing, out);
+            self.hand_over(now, tables, port, &passing, out);
         }
     }
 }

@@ -71,7 +71,8 @@ impl Worker {
         self.note_pair((port.vni, source, to), bytes);
 
         let parts: [&[u8]; 1] = [frame.bytes];
-        let passing = Passing { vni: port.vni, from: Place::Port(slot), header, offload, transport, parts: &parts };
+        let passing =
+            Passing { vni: port.vni, from: Place::Port(slot), header, offload, transport, parts: &parts, flooded: false };
         let leaving = |peer| Leaving { peer, frame: index, offload, transport };
         match place(now, tables, (port.vni, network), &header) {
             Some(Place::Port(to)) if to == slot => return Err(DropReason::Hairpin),
@@ -80,6 +81,7 @@ impl Worker {
             Some(Place::Nowhere) => return Err(DropReason::OwnerUnreachable),
             None => {
                 self.counters.floods.fetch_add(1, Relaxed);
+                let passing = Passing { flooded: true, ..passing };
                 for &to in network.ports.iter().filter(|&&to| to != slot) {
                     self.hand_over(now, tables, to, &passing, out);
                 }

@@ -222,7 +222,10 @@ impl Worker {
             && passing.packet_len() > usize::from(limit)
         {
             self.counters.drops.count(DropReason::GatewayTooBig);
-            if let Some(answer) = toobig::answer(passing.parts, &passing.header, limit.min(network.mtu)) {
+            // An answer speaks in the name of the destination, and whoever hears it learns that this is where it lives.
+            if !passing.flooded
+                && let Some(answer) = toobig::answer(passing.parts, &passing.header, limit.min(network.mtu))
+            {
                 self.answer(now, tables, passing, &answer, out);
             }
             return;
@@ -312,6 +315,8 @@ pub(crate) struct Passing<'a> {
     pub(crate) offload: Offload,
     pub(crate) transport: Option<Transport>,
     pub(crate) parts: &'a [&'a [u8]],
+    /// Nobody knows where its destination is.
+    pub(crate) flooded: bool,
 }
 
 impl Passing<'_> {

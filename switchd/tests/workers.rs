@@ -25,6 +25,7 @@ struct Out {
     /// Receiver, sender's slot for it, datagram.
     sent: Vec<(SocketAddr, Vec<u8>)>,
     events: Vec<WorkerEvent>,
+    path_mtu: Option<u16>,
 }
 
 impl Egress for Out {
@@ -41,7 +42,7 @@ impl Egress for Out {
     }
 
     fn path_mtu(&self, _: PortSlot) -> Option<u16> {
-        None
+        self.path_mtu
     }
 
     fn send(&mut self, arena: &Arena) {
@@ -301,6 +302,28 @@ fn what_was_learned_at_a_peer_that_stopped_carrying_the_network_is_flooded() {
     all[0].speak(PORT, Offload::default(), &frame(mac(9), mac(1), 50));
     assert_eq!(carry(&mut all), 1);
     assert_eq!((all[2].out.delivered.len(), all[0].counters.drops.of(DropReason::Gone)), (1, 0));
+}
+
+#[test]
+fn too_big_is_not_said_in_the_name_of_a_mac_that_nobody_has_heard() {
+    let mut all = hosts(2, 1400, 1472);
+    all[1].tables.ports[0].as_mut().unwrap().gateway = true;
+    all[1].out.path_mtu = Some(1000);
+    let mut big = Vec::new();
+    let builder = etherparse::PacketBuilder::ethernet2(mac(1).0, mac(9).0).ipv6([1; 16], [2; 16], 9);
+    builder.udp(7, 9).write(&mut big, &[7; 1200]).unwrap();
+    let told = |all: &[Host]| {
+        let told = all[1].counters.snapshot().into_iter().find(|counter| counter.name == "too-big-answers");
+        (all[1].counters.drops.of(DropReason::GatewayTooBig), told.unwrap().value)
+    };
+    all[0].speak(PORT, Offload::default(), &big);
+    carry(&mut all);
+    assert_eq!(told(&all), (1, 0));
+
+    all[1].network().fdb.learn(NOW, 0, mac(9), Place::Port(PORT));
+    all[0].speak(PORT, Offload::default(), &big);
+    carry(&mut all);
+    assert_eq!(told(&all), (2, 1));
 }
 
 #[test]
