@@ -10,7 +10,8 @@ use violin_tests::frames::{has_label, labelled};
 
 const A: &str = "02:00:00:00:00:0a";
 const B: &str = "02:00:00:00:00:0b";
-const SOON: Duration = Duration::from_secs(2);
+/// Patience with what must come, on a slow machine too.
+const SOON: Duration = Duration::from_secs(10);
 /// Longer than the call of a switch that does not answer lasts, so that another one must find it.
 const OUTAGE: Duration = Duration::from_secs(7);
 

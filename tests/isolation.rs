@@ -9,7 +9,8 @@ use violin_tests::wire::Wire;
 
 const A: &str = "02:00:00:00:00:0a";
 const B: &str = "02:00:00:00:00:0b";
-const SOON: Duration = Duration::from_secs(2);
+/// Patience with what must come, on a slow machine too.
+const SOON: Duration = Duration::from_secs(10);
 
 fn mac(text: &str) -> MacAddr {
     text.parse().unwrap()

@@ -12,7 +12,8 @@ use violin_tests::wire::Wire;
 const X: &str = "02:00:00:00:00:0a";
 const Y: &str = "02:00:00:00:00:0b";
 const OBSERVER: &str = "02:00:00:00:00:0c";
-const SOON: Duration = Duration::from_secs(2);
+/// Patience with what must come, on a slow machine too.
+const SOON: Duration = Duration::from_secs(10);
 /// How long to look for what must not come, after something that must come has come.
 const NEVER: Duration = Duration::from_millis(300);
 /// Ethernet, IPv4 and UDP headers of a datagram on the underlay.

@@ -46,7 +46,7 @@ reasons! {
     OwnerUnreachable = "owner-unreachable",
     /// The network is not (or no longer) carried here, or the port is not (or no longer) known.
     NoNetwork = "no-network",
-    /// The place is a port or peer that has gone since the FDB was written.
+    /// The place is a port or peer that has gone since the FDB was written, or a peer that carries the network no more.
     Gone = "gone",
     /// The port's interface is not there (yet), and its waiting queue is full or it may not wait.
     NotAttached = "not-attached",

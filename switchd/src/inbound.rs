@@ -18,6 +18,9 @@ use violin_common::wire::ethernet::Header;
 use violin_common::wire::mesh::{Kind, OUTER_LEN, Outer, SLICE_LEN, Segmentation, Slice, mark};
 use violin_common::{Instant, MacAddr};
 
+/// Parts one write can take: IOV_MAX is 1024, and a port adds headers of its own.
+const MAX_PARTS: usize = 1000;
+
 /// A super-frame whose slices are still coming in; lives as long as the receive buffers it points into.
 #[derive(Debug)]
 struct Merge<'b> {
@@ -50,9 +53,9 @@ impl<'b> Merge<'b> {
         if merge.extend(&slice, bytes) { Ok(merge) } else { Err(DropReason::BadSlice) }
     }
 
-    /// Takes the slice if it is the next one of this super-frame.
+    /// Takes the slice if it is the next one of this super-frame and there is room for it.
     fn extend(&mut self, slice: &Slice, bytes: &'b [u8]) -> bool {
-        if *slice != (Slice { offset: self.next, ..self.first }) {
+        if self.parts.len() >= MAX_PARTS || *slice != (Slice { offset: self.next, ..self.first }) {
             return false;
         }
         let Some((_, piece)) = bytes.split_at_checked(self.transport.payload) else { return false };
@@ -160,7 +163,8 @@ impl Worker {
             transport = Some(found);
         }
         let parts: [&[u8]; 1] = [frame];
-        let passing = Passing { vni: slice.vni, from: Place::Peer(peer), header, offload, transport, parts: &parts };
+        let passing =
+            Passing { vni: slice.vni, from: Place::Peer(peer), header, offload, transport, parts: &parts, flooded: false };
         self.forward_in(now, tables, peer, slice.marks, &passing, out)
     }
 
@@ -188,7 +192,7 @@ impl Worker {
             header_len: transport.payload as u16,
         };
         let (vni, from, header) = (first.vni, Place::Peer(merge.peer), merge.header);
-        let passing = Passing { vni, from, header, offload, transport: Some(transport), parts: &merge.parts };
+        let passing = Passing { vni, from, header, offload, transport: Some(transport), parts: &merge.parts, flooded: false };
         if let Err(reason) = self.forward_in(now, tables, merge.peer, first.marks, &passing, out) {
             self.counters.drops.count(reason);
         }
@@ -253,8 +257,9 @@ impl Worker {
     }
 
     fn flood_in(&mut self, now: Instant, tables: &Forwarding, network: &Network, passing: &Passing<'_>, out: &mut dyn Egress) {
+        let passing = Passing { flooded: true, ..*passing };
         for &port in &network.ports {
-            self.hand_over(now, tables, port, passing, out);
+            self.hand_over(now, tables, port, &passing, out);
         }
     }
 }

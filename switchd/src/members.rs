@@ -23,6 +23,10 @@ const LET_OTHER_CALL: Duration = Duration::from_millis(300);
 /// Members at most: a bound on what a member can make us remember.
 pub const LIMIT: usize = 1024;
 
+/// Smallest `max-datagram` a member may ask for, in bytes: the smallest MTU a switch can be configured with, less IPv6 and UDP.
+/// Less would make every frame a storm of datagrams.
+pub const MIN_DATAGRAM: u16 = 1280 - 48;
+
 /// One connection, numbered by whoever makes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LinkId(pub u64);
@@ -179,7 +183,8 @@ impl Members {
     /// Simultaneous calls: the one of the lower name stays, at both ends. Two calls from the same end: the newer, because
     /// only an end that has lost the older one calls again.
     ///
-    /// *Errors*: versions without overlap, a name that is not the certificate's, another AEAD, too many members.
+    /// *Errors*: versions without overlap, a name that is not the certificate's, another AEAD, datagrams below
+    /// [`MIN_DATAGRAM`], too many members.
     pub fn greet(&mut self, now: Instant, id: LinkId, hello: Hello) -> Result<Greeted, String> {
         let link = self.links.get_mut(&id).ok_or("this connection is closed")?;
         if link.hello.is_some() {
@@ -209,6 +214,12 @@ impl Members {
         }
         if hello.aead != Aead::None {
             return Err(format!("got aead {:?}, want None: both ends must be configured alike", hello.aead));
+        }
+        if hello.max_datagram < MIN_DATAGRAM {
+            return Err(format!(
+                "got max-datagram {}, want {MIN_DATAGRAM} or more: see underlay-mtu at the other end",
+                hello.max_datagram
+            ));
         }
         if self.hosts.len() >= LIMIT && !self.hosts.contains_key(&hello.host) {
             return Err(format!("got one more member, want at most {LIMIT}"));
@@ -331,13 +342,14 @@ impl Members {
         self.links.get(&id)
     }
 
-    /// A peer carries these networks from now on. Returns those it did not carry before.
-    pub fn carries(&mut self, id: LinkId, networks: Vec<Vni>) -> Vec<Vni> {
-        let Some(link) = self.links.get_mut(&id) else { return Vec::new() };
+    /// A peer carries these networks from now on. Returns those it did not carry before, and those it carries no more.
+    pub fn carries(&mut self, id: LinkId, networks: Vec<Vni>) -> (Vec<Vni>, Vec<Vni>) {
+        let Some(link) = self.links.get_mut(&id) else { return Default::default() };
         let new: BTreeSet<Vni> = networks.into_iter().collect();
         let added = new.difference(&link.networks).copied().collect();
+        let removed = link.networks.difference(&new).copied().collect();
         link.networks = new;
-        added
+        (added, removed)
     }
 
     /// Whether the peer's daemon is the one we were connected with before.

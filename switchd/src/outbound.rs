@@ -6,14 +6,14 @@
 use crate::drops::DropReason;
 use crate::fdb::Learned;
 use crate::slice::Crossing;
-use crate::tables::{Forwarding, Network, Place, Port, PortSlot, SourceRule, WorkerEvent};
+use crate::tables::{Forwarding, Network, PeerSlot, Place, Port, PortSlot, SourceRule, WorkerEvent};
 use crate::toobig;
 use crate::transport::settle;
 use crate::virtio::Offload;
 use crate::worker::{Egress, Frame, Leaving, Passing, Worker, packet_len};
 use std::sync::atomic::Ordering::Relaxed;
 use violin_common::wire::ethernet::Header;
-use violin_common::{Instant, MacAddr};
+use violin_common::{Instant, MacAddr, Vni};
 
 impl Worker {
     pub(crate) fn forward_out(
@@ -71,15 +71,17 @@ impl Worker {
         self.note_pair((port.vni, source, to), bytes);
 
         let parts: [&[u8]; 1] = [frame.bytes];
-        let passing = Passing { vni: port.vni, from: Place::Port(slot), header, offload, transport, parts: &parts };
+        let passing =
+            Passing { vni: port.vni, from: Place::Port(slot), header, offload, transport, parts: &parts, flooded: false };
         let leaving = |peer| Leaving { peer, frame: index, offload, transport };
-        match self.place(now, network, &header) {
+        match place(now, tables, (port.vni, network), &header) {
             Some(Place::Port(to)) if to == slot => return Err(DropReason::Hairpin),
             Some(Place::Port(to)) => self.hand_over(now, tables, to, &passing, out),
             Some(Place::Peer(peer)) => self.leaving.push(leaving(peer)),
             Some(Place::Nowhere) => return Err(DropReason::OwnerUnreachable),
             None => {
                 self.counters.floods.fetch_add(1, Relaxed);
+                let passing = Passing { flooded: true, ..passing };
                 for &to in network.ports.iter().filter(|&&to| to != slot) {
                     self.hand_over(now, tables, to, &passing, out);
                 }
@@ -87,17 +89,6 @@ impl Worker {
             }
         }
         Ok(())
-    }
-
-    /// Where a frame goes; `None`: to all. Owned MACs win over learned ones.
-    fn place(&self, now: Instant, network: &Network, header: &Header) -> Option<Place> {
-        if header.destination.is_group() {
-            return None;
-        }
-        match network.owned.get(&header.destination) {
-            Some(owned) => Some(owned.at),
-            None => network.fdb.lookup(now, header.outer_vid, header.destination, network.ageing),
-        }
     }
 
     fn admit_source(
@@ -147,7 +138,7 @@ impl Worker {
         DropReason::TooBig
     }
 
-    fn note_pair(&mut self, pair: (violin_common::Vni, MacAddr, MacAddr), bytes: u64) {
+    fn note_pair(&mut self, pair: (Vni, MacAddr, MacAddr), bytes: u64) {
         match self.seen.last_mut() {
             Some((last, frames, total)) if *last == pair => {
                 *frames += 1;
@@ -156,4 +147,23 @@ impl Worker {
             _ => self.seen.push((pair, 1, bytes)),
         }
     }
+}
+
+/// Where a frame goes; `None`: to all. Owned MACs win over learned ones.
+fn place(now: Instant, tables: &Forwarding, (vni, network): (Vni, &Network), header: &Header) -> Option<Place> {
+    if header.destination.is_group() {
+        return None;
+    }
+    if let Some(owned) = network.owned.get(&header.destination) {
+        return Some(owned.at);
+    }
+    let carries = |peer: &PeerSlot| {
+        let peer = tables.peers.get(usize::from(peer.0)).and_then(Option::as_ref);
+        peer.is_some_and(|peer| peer.networks.contains(&vni))
+    };
+    // What was learned at a peer that carries the network no more is worth nothing.
+    network.fdb.lookup(now, header.outer_vid, header.destination, network.ageing).filter(|place| match place {
+        Place::Peer(peer) => carries(peer),
+        _ => true,
+    })
 }

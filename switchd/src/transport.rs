@@ -9,6 +9,9 @@ use violin_common::wire::mesh::Segmentation;
 /// Longest headers a super-frame may have: two VLAN tags, IPv6 with extensions, TCP with options.
 pub const MAX_HEADERS: usize = 256;
 
+/// Segments a super-frame may have: 64 KiB of what TCP's smallest segments hold (48 bytes, TCP_MIN_SND_MSS), and some.
+pub const MAX_SEGMENTS: usize = 1400;
+
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 /// Place of the checksum in a TCP and in a UDP header.
@@ -196,7 +199,8 @@ pub fn complete(frame: &mut [u8], partial: Partial) -> Result<(), DropReason> {
 /// to do, or a TCP/UDP checksum at its usual place, perhaps with segmentation of just that protocol.
 ///
 /// A checksum anywhere else is completed here, so that no position needs to travel. Errors: segmentation that does not fit
-/// the frame, as AF_PACKET reports for a tunnel's super-frame; a checksum outside the frame.
+/// the frame, as AF_PACKET reports for a tunnel's super-frame, or cuts it into more than [`MAX_SEGMENTS`]; a checksum outside
+/// the frame.
 pub fn settle(frame: &mut [u8], header: &ethernet::Header, offload: Offload) -> Result<(Offload, Option<Transport>), DropReason> {
     if !offload.is_super() {
         let Some(partial) = offload.checksum else { return Ok((Offload::default(), None)) };
@@ -211,6 +215,10 @@ pub fn settle(frame: &mut [u8], header: &ethernet::Header, offload: Offload) -> 
         .filter(|t| t.is(offload.segmentation) && t.payload < frame.len() && t.payload <= MAX_HEADERS)
         .ok_or(DropReason::Segmentation)?;
     if offload.segment_size == 0 || offload.checksum.is_some_and(|partial| partial != transport.checksum()) {
+        return Err(DropReason::Segmentation);
+    }
+    if (frame.len() - transport.payload).div_ceil(usize::from(offload.segment_size)) > MAX_SEGMENTS {
+        // Each would be a datagram to each peer: one frame of a guest must not keep the worker for seconds.
         return Err(DropReason::Segmentation);
     }
     let checksum = transport.checksum();

@@ -112,3 +112,20 @@ fn a_tunnels_super_frame_called_tcp_is_refused() {
     let offload = Offload { checksum, segmentation: Segmentation::Tcp4, segment_size: 1348, ecn: false, header_len: 104 };
     assert_eq!(settle(&mut frame, &header, offload), Err(DropReason::Segmentation));
 }
+
+#[test]
+fn a_super_frame_of_too_many_segments_is_refused() {
+    for (size, refused) in [(1, true), (42, true), (43, false), (1300, false)] {
+        let mut frame = super_frame(false, &[7; 60_000], false);
+        let header = header_of(&frame);
+        let offload =
+            Offload { checksum: None, segmentation: Segmentation::Tcp4, segment_size: size, ecn: false, header_len: 54 };
+        let settled = settle(&mut frame, &header, offload);
+        assert_eq!(settled.err(), refused.then_some(DropReason::Segmentation), "segments of {size}");
+    }
+    // Few are fine, however small: UDP_SEGMENT lets a program choose.
+    let mut frame = super_frame(false, &[7; 100], false);
+    let header = header_of(&frame);
+    let offload = Offload { checksum: None, segmentation: Segmentation::Tcp4, segment_size: 1, ecn: false, header_len: 54 };
+    assert!(settle(&mut frame, &header, offload).is_ok());
+}

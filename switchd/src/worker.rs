@@ -222,7 +222,10 @@ impl Worker {
             && passing.packet_len() > usize::from(limit)
         {
             self.counters.drops.count(DropReason::GatewayTooBig);
-            if let Some(answer) = toobig::answer(passing.parts, &passing.header, limit.min(network.mtu)) {
+            // An answer speaks in the name of the destination, and whoever hears it learns that this is where it lives.
+            if !passing.flooded
+                && let Some(answer) = toobig::answer(passing.parts, &passing.header, limit.min(network.mtu))
+            {
                 self.answer(now, tables, passing, &answer, out);
             }
             return;
@@ -254,9 +257,10 @@ impl Worker {
         }
     }
 
-    /// Puts a frame on its way to a peer.
+    /// Puts a frame on its way to a peer that carries its network.
     pub(crate) fn cross(&mut self, tables: &Forwarding, slot: PeerSlot, crossing: &Crossing<'_>, out: &mut dyn Egress) {
-        let Some(peer) = tables.peers.get(usize::from(slot.0)).and_then(Option::as_ref) else {
+        let peer = tables.peers.get(usize::from(slot.0)).and_then(Option::as_ref);
+        let Some(peer) = peer.filter(|peer| peer.networks.contains(&crossing.vni)) else {
             return self.counters.drops.count(DropReason::Gone);
         };
         if self.senders.len() <= usize::from(slot.0) {
@@ -311,6 +315,8 @@ pub(crate) struct Passing<'a> {
     pub(crate) offload: Offload,
     pub(crate) transport: Option<Transport>,
     pub(crate) parts: &'a [&'a [u8]],
+    /// Nobody knows where its destination is.
+    pub(crate) flooded: bool,
 }
 
 impl Passing<'_> {

@@ -6,6 +6,9 @@ mod support;
 use std::net::UdpSocket;
 use std::time::Duration;
 use support::{MTU, guest, two_hosts, until, vni};
+use switchd::drops::DropReason;
+use switchd::tables::Place;
+use violin_common::PortId;
 
 #[test]
 #[ignore = "needs root"]
@@ -81,6 +84,15 @@ fn a_vanished_interface_is_no_error_and_is_found_again() {
     drop(g2);
 }
 
+/// Whether this kernel lets a chain name an interface that is still to come.
+fn guards_ahead(ns: &support::Namespace) -> bool {
+    ns.run("nft add table netdev probe");
+    let chain = "nft \"add chain netdev probe c { type filter hook ingress device still-to-come priority 0; }\"";
+    let can = ns.try_run(chain).status.success();
+    ns.run("nft delete table netdev probe");
+    can
+}
+
 #[test]
 #[ignore = "needs root"]
 fn frames_for_an_interface_that_is_still_on_its_way_wait_for_it() {
@@ -91,11 +103,17 @@ fn frames_for_an_interface_that_is_still_on_its_way_wait_for_it() {
     let kind = violin_common::api::switch::PortKind::Packet { interface: "p1".into() };
     let missing = b.ns.enter(|| b.plane().attach(port.0, port.1, &kind, MTU, true));
     assert!(matches!(missing, Err(switchd::io::dataplane::AttachError::NotThere(_))), "{missing:?}");
-    // The guard is there first: from its first frame on the guest is alone with the switch.
-    assert!(b.ns.run("nft list tables").contains("violin_p1"));
+    // Where the kernel can do it (6.16) the guard is there first: from its first frame on the guest is alone with the switch.
+    let ahead = guards_ahead(&b.ns);
+    assert_eq!(b.ns.run("nft list tables").contains("violin_p1"), ahead, "the guard and what the kernel can do");
     let g2 = guest(&b.ns, "p1", "10.5.0.2", MTU);
-    b.ns.run("ip addr add 10.5.0.99/24 dev p1 && ip link set p1 up");
-    assert!(!g2.try_run("busybox ping -c 1 -W 1 10.5.0.99").status.success(), "the host answered before the port was attached");
+    if ahead {
+        b.ns.run("ip addr add 10.5.0.99/24 dev p1 && ip link set p1 up");
+        let ping = g2.try_run("busybox ping -c 1 -W 1 10.5.0.99");
+        assert!(!ping.status.success(), "the host answered before the port was attached");
+    } else {
+        println!("this kernel guards no interface ahead: not tested");
+    }
     g2.run("ip link set eth0 address 52:54:00:00:00:02");
     g1.run("ip neigh add 10.5.0.2 lladdr 52:54:00:00:00:02 dev eth0");
     let socket = g2.enter(|| UdpSocket::bind("10.5.0.2:9000").unwrap());
@@ -162,4 +180,23 @@ fn networks_do_not_mix() {
 
     assert!(!g1.try_run("busybox ping -c 2 -W 1 10.5.0.2").status.success());
     assert!(!g2.try_run("busybox ping -c 2 -W 1 10.5.0.1").status.success());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_removed_port_does_not_speak_for_the_next_one_of_its_slot() {
+    let (mut a, _b) = two_hosts(&[vni(5), vni(6)], MTU);
+    let g1 = guest(&a.ns, "p1", "10.5.0.1", MTU);
+    let (slot, id) = a.packet_port(vni(5), "p1", MTU);
+
+    // Its successor is in the tables, and the detach is still on its way.
+    a.change(|tables| {
+        let port = tables.ports[usize::from(slot.0)].as_mut().unwrap();
+        (port.id, port.vni) = (PortId(id.0 + 1), vni(6));
+    });
+    g1.try_run("busybox ping -c 1 -W 1 10.5.0.2");
+
+    until("its frames are counted", || a.counters.drops.of(DropReason::NoNetwork) > 0);
+    let learned = a.tables.load().networks[&vni(6)].fdb.entries();
+    assert!(learned.iter().all(|row| row.place != Place::Port(slot)), "it spoke: {learned:?}");
 }

@@ -25,6 +25,7 @@ struct Out {
     /// Receiver, sender's slot for it, datagram.
     sent: Vec<(SocketAddr, Vec<u8>)>,
     events: Vec<WorkerEvent>,
+    path_mtu: Option<u16>,
 }
 
 impl Egress for Out {
@@ -41,7 +42,7 @@ impl Egress for Out {
     }
 
     fn path_mtu(&self, _: PortSlot) -> Option<u16> {
-        None
+        self.path_mtu
     }
 
     fn send(&mut self, arena: &Arena) {
@@ -264,6 +265,21 @@ proptest! {
 }
 
 #[test]
+fn a_super_frame_of_more_parts_than_one_write_takes_arrives_in_two() {
+    let mut all = hosts(2, 1400, 1472);
+    let (offload, bytes) = tcp(60_000);
+    all[0].speak(PORT, Offload { segment_size: 50, ..offload }, &bytes);
+    let datagrams: Vec<_> = std::mem::take(&mut all[0].out.sent).into_iter().map(|(_, datagram)| datagram).collect();
+    assert_eq!(datagrams.len(), 1200);
+    all[1].hear(address(0), &datagrams);
+
+    let got: Vec<u8> = all[1].out.delivered.iter().flat_map(|(_, _, frame)| frame[54..].to_vec()).collect();
+    assert_eq!(got, bytes[54..]);
+    // IOV_MAX is 1024, and the headers are a part too.
+    assert!(all[1].out.delivered.iter().all(|(_, _, frame)| (frame.len() - 54) / 50 < 1000));
+}
+
+#[test]
 fn unknown_unicast_floods_once_to_each_place_and_learned_goes_to_one() {
     let mut all = hosts(3, 1400, 1472);
     all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
@@ -278,13 +294,49 @@ fn unknown_unicast_floods_once_to_each_place_and_learned_goes_to_one() {
 }
 
 #[test]
+fn what_was_learned_at_a_peer_that_stopped_carrying_the_network_is_flooded() {
+    let mut all = hosts(3, 1400, 1472);
+    all[0].network().fdb.learn(NOW, 0, mac(9), Place::Peer(PeerSlot(1)));
+    all[0].tables.peers[1].as_mut().unwrap().networks.clear();
+    all[0].network().peers.retain(|peer| *peer != PeerSlot(1));
+    all[0].speak(PORT, Offload::default(), &frame(mac(9), mac(1), 50));
+    assert_eq!(carry(&mut all), 1);
+    assert_eq!((all[2].out.delivered.len(), all[0].counters.drops.of(DropReason::Gone)), (1, 0));
+}
+
+#[test]
+fn too_big_is_not_said_in_the_name_of_a_mac_that_nobody_has_heard() {
+    let mut all = hosts(2, 1400, 1472);
+    all[1].tables.ports[0].as_mut().unwrap().gateway = true;
+    all[1].out.path_mtu = Some(1000);
+    let mut big = Vec::new();
+    let builder = etherparse::PacketBuilder::ethernet2(mac(1).0, mac(9).0).ipv6([1; 16], [2; 16], 9);
+    builder.udp(7, 9).write(&mut big, &[7; 1200]).unwrap();
+    let told = |all: &[Host]| {
+        let told = all[1].counters.snapshot().into_iter().find(|counter| counter.name == "too-big-answers");
+        (all[1].counters.drops.of(DropReason::GatewayTooBig), told.unwrap().value)
+    };
+    all[0].speak(PORT, Offload::default(), &big);
+    carry(&mut all);
+    assert_eq!(told(&all), (1, 0));
+
+    all[1].network().fdb.learn(NOW, 0, mac(9), Place::Port(PORT));
+    all[0].speak(PORT, Offload::default(), &big);
+    carry(&mut all);
+    assert_eq!(told(&all), (2, 1));
+}
+
+#[test]
 fn a_flood_reaches_no_other_network() {
     let mut all = hosts(2, 1400, 1472);
     all[0].speak(PORT, Offload::default(), &frame(MacAddr::BROADCAST, mac(1), 50));
     carry(&mut all);
     assert!(all.iter().all(|host| host.out.delivered.iter().all(|(slot, _, _)| *slot == PORT)));
 
-    // Network 6 is carried by both, but the peer may not carry it.
+    // Network 6 is carried by both, but neither knows it of the other.
+    all[0].speak(PortSlot(1), Offload::default(), &frame(MacAddr::BROADCAST, mac(1), 50));
+    assert_eq!((carry(&mut all), all[0].counters.drops.of(DropReason::Gone)), (0, 1));
+    all[0].tables.peers[1].as_mut().unwrap().networks.insert(vni(6));
     all[0].speak(PortSlot(1), Offload::default(), &frame(MacAddr::BROADCAST, mac(1), 50));
     carry(&mut all);
     assert_eq!(all[1].out.delivered.len(), 1);

@@ -44,10 +44,14 @@ pub enum Work {
     Flush(Sender<()>),
 }
 
-/// Starts the thread; it ends when the sender is dropped.
+/// Starts the thread; it ends when the sender is dropped. Should it end before, [`DataPlane::ended`] tells.
 pub fn start(dataplane: Arc<DataPlane>, inputs: tokio::sync::mpsc::UnboundedSender<Input>) -> io::Result<Sender<Work>> {
     let (sender, work) = channel();
-    std::thread::Builder::new().name("attach".into()).spawn(move || run(&dataplane, &work, &inputs))?;
+    let alive = dataplane.alive();
+    std::thread::Builder::new().name("attach".into()).spawn(move || {
+        let _alive = alive;
+        run(&dataplane, &work, &inputs);
+    })?;
     Ok(sender)
 }
 

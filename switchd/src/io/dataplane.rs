@@ -18,6 +18,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::Sender;
 use violin_common::PortId;
 use violin_common::api::switch::{PortKind, TrafficSeen};
@@ -102,6 +103,16 @@ impl Line {
     }
 }
 
+/// Held by a thread the switch cannot do without: tells when it ends, in a panic too.
+#[derive(Debug)]
+pub struct Alive(Arc<Notify>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
+}
+
 /// Owns the worker's thread, which owns the ports and reads the mesh port. Dropping it stops the thread; guards stay.
 #[derive(Debug)]
 pub struct DataPlane {
@@ -109,6 +120,7 @@ pub struct DataPlane {
     wanted: Arc<Wanted>,
     traffic: Arc<Traffic>,
     thread: Option<JoinHandle<()>>,
+    ended: Arc<Notify>,
 }
 
 impl DataPlane {
@@ -132,14 +144,32 @@ impl DataPlane {
         let worker = Worker::new(counters.clone(), traffic.clone());
         let outside = Outside { tables, counters, events, quic, commands: receiver, wake: wake.clone(), lost };
         let pump = Pump::new(mesh, worker, outside)?;
-        let thread = Builder::new().name("worker".into()).spawn(move || pump.run())?;
+        let ended = Arc::new(Notify::new());
+        let (working, looking) = (Alive(Arc::clone(&ended)), Alive(Arc::clone(&ended)));
+        let thread = Builder::new().name("worker".into()).spawn(move || {
+            let _working = working;
+            pump.run();
+        })?;
 
         let line = Line { commands, wake };
         let wanted = Arc::new(Wanted::default());
         let (looking_line, looking_wanted) = (line.clone(), wanted.clone());
         // Ends when the worker does, which holds the other end of `losses`.
-        Builder::new().name("ports".into()).spawn(move || look_for_lost(&losses, &looking_line, &looking_wanted))?;
-        Ok(Self { line, wanted, traffic, thread: Some(thread) })
+        Builder::new().name("ports".into()).spawn(move || {
+            let _looking = looking;
+            look_for_lost(&losses, &looking_line, &looking_wanted);
+        })?;
+        Ok(Self { line, wanted, traffic, thread: Some(thread), ended })
+    }
+
+    /// For another thread without which nothing goes on: it ends, [`Self::ended`] tells.
+    pub fn alive(&self) -> Alive {
+        Alive(Arc::clone(&self.ended))
+    }
+
+    /// Returns when a thread of the data plane has ended although nobody asked: nothing is forwarded any more.
+    pub async fn ended(&self) {
+        self.ended.notified().await;
     }
 
     /// Opens what the port is attached to and hands it to the worker. The port must be in the published tables by then, or
@@ -234,5 +264,38 @@ fn found(line: &Line, wanted: &Wanted, key: Key, kind: &PortKind, io: Box<dyn Po
     } else {
         drop((io, ports));
         wanted.undo(kind);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dataplane() -> DataPlane {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let (events, quic) = (tokio::sync::mpsc::channel(1).0, tokio::sync::mpsc::channel(1).0);
+        DataPlane::start(socket, Arc::default(), Arc::default(), events, quic).unwrap()
+    }
+
+    async fn notices(dataplane: &DataPlane) -> bool {
+        tokio::time::timeout(Duration::from_secs(10), dataplane.ended()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_ends_by_itself_is_noticed() {
+        let dataplane = dataplane();
+        dataplane.line.say(Command::Stop);
+        assert!(notices(&dataplane).await);
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_panics_is_noticed() {
+        let dataplane = dataplane();
+        let alive = dataplane.alive();
+        let thread = std::thread::spawn(move || {
+            let _alive = alive;
+            panic!("as a test");
+        });
+        assert!(thread.join().is_err() && notices(&dataplane).await);
     }
 }

@@ -127,7 +127,7 @@ impl Pump {
                 Ok(count) => count,
                 Err(nix::Error::EINTR) => 0,
                 Err(error) => {
-                    tracing::error!(%error, "epoll failed: this switch forwards nothing more; restart it");
+                    tracing::error!(%error, "epoll failed: the worker ends");
                     return;
                 }
             };
@@ -202,13 +202,19 @@ impl Pump {
     }
 
     fn read_port(&mut self, tables: &Forwarding, slot: PortSlot) {
-        let Some((_, port)) = self.ways.ports.get_mut(&slot) else { return };
+        let Some((id, port)) = self.ways.ports.get_mut(&slot) else { return };
+        let known = tables.ports.get(usize::from(slot.0)).and_then(Option::as_ref).is_some_and(|port| port.id == *id);
         match port.read(&mut self.frames) {
             Ok(()) => (),
             Err(ReadError::Empty) => return,
             Err(ReadError::Gone) => return self.ways.lose(slot),
         }
         let counters = &self.ways.counters;
+        if !known {
+            // Removed, and not yet detached: its slot may be that of another port, of another network. It is read all the
+            // same, or it would wake us for ever.
+            return counters.drops.add(DropReason::NoNetwork, self.frames.slots_mut().count() as u64);
+        }
         let mut frames: Vec<_> = self
             .frames
             .slots_mut()

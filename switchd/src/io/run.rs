@@ -149,8 +149,14 @@ pub async fn run(path: &Path) -> Result<()> {
     let api = Api { inputs: inputs.clone(), dataplane: Arc::clone(&dataplane), counters, control: Arc::clone(&control_counters) };
 
     inputs.send(Input::Configure(Box::new(wanted(None, &config))))?;
-    let parts =
-        Parts { switch, endpoint: endpoint.clone(), dataplane, tables, attach: attach.clone(), counters: control_counters };
+    let parts = Parts {
+        switch,
+        endpoint: endpoint.clone(),
+        dataplane: Arc::clone(&dataplane),
+        tables,
+        attach: attach.clone(),
+        counters: control_counters,
+    };
     let mut actor = tokio::spawn(control::run(parts, input_receiver, worker_events));
     let serving = tokio::spawn(api.serve(listener));
     tracing::info!(host = %config.host, domain = %config.domain, %listen, socket = %config.socket.display(), "switch is up");
@@ -175,6 +181,7 @@ pub async fn run(path: &Path) -> Result<()> {
                 Ok(()) => bail!("the switch ended by itself"),
                 Err(error) => bail!("the switch failed: {error}"),
             },
+            () = dataplane.ended() => bail!("a thread of the data plane ended (see the log): want the switch started again"),
         }
     }
     tracing::info!("draining");

@@ -39,25 +39,40 @@ pub fn large_buffers(socket: BorrowedFd<'_>, bytes: libc::c_int) {
     }
 }
 
-/// Sends `bytes` as datagrams of `segment` bytes, the last perhaps shorter.
-pub fn send_segments(socket: BorrowedFd<'_>, to: SocketAddr, bytes: &[u8], segment: usize, gso: bool) -> nix::Result<()> {
+/// Sends `bytes` as datagrams of `segment` bytes, the last perhaps shorter, from byte `sent` on, which moves along with what
+/// was sent: after an error the same call goes on where it stopped.
+pub fn send_segments(
+    socket: BorrowedFd<'_>,
+    to: SocketAddr,
+    bytes: &[u8],
+    segment: usize,
+    gso: bool,
+    sent: &mut usize,
+) -> nix::Result<()> {
     let size = u16::try_from(segment).unwrap_or(u16::MAX);
-    let controls = [ControlMessage::UdpGsoSegments(&size)];
-    let controls = if gso && bytes.len() > segment { &controls[..] } else { &[] };
-    if !gso && bytes.len() > segment {
-        return bytes.chunks(segment).try_for_each(|datagram| send_segments(socket, to, datagram, segment, false));
-    }
     let fd = socket.as_raw_fd();
-    let parts = [IoSlice::new(bytes)];
-    let sent = |fd| match to {
-        SocketAddr::V4(to) => sendmsg(fd, &parts, controls, MsgFlags::MSG_DONTWAIT, Some(&SockaddrIn::from(to))),
-        SocketAddr::V6(to) => sendmsg(fd, &parts, controls, MsgFlags::MSG_DONTWAIT, Some(&SockaddrIn6::from(to))),
-    };
-    match sent(fd) {
-        // An ICMP error of an earlier datagram is told to the next call: say it again once.
-        Err(nix::Error::ECONNREFUSED | nix::Error::EHOSTUNREACH) => sent(fd).map(|_| ()),
-        other => other.map(|_| ()),
+    walk(bytes, if gso { bytes.len() } else { segment }, sent, |piece| {
+        let controls = [ControlMessage::UdpGsoSegments(&size)];
+        let controls = if piece.len() > segment { &controls[..] } else { &[] };
+        let parts = [IoSlice::new(piece)];
+        let send = || match to {
+            SocketAddr::V4(to) => sendmsg(fd, &parts, controls, MsgFlags::MSG_DONTWAIT, Some(&SockaddrIn::from(to))),
+            SocketAddr::V6(to) => sendmsg(fd, &parts, controls, MsgFlags::MSG_DONTWAIT, Some(&SockaddrIn6::from(to))),
+        };
+        match send() {
+            // An ICMP error of an earlier datagram is told to the next call: say it again once.
+            Err(nix::Error::ECONNREFUSED | nix::Error::EHOSTUNREACH) => send().map(|_| ()),
+            other => other.map(|_| ()),
+        }
+    })
+}
+
+fn walk(bytes: &[u8], step: usize, sent: &mut usize, mut each: impl FnMut(&[u8]) -> nix::Result<()>) -> nix::Result<()> {
+    for piece in bytes.get(*sent..).unwrap_or_default().chunks(step.max(1)) {
+        each(piece)?;
+        *sent += piece.len();
     }
+    Ok(())
 }
 
 impl Mesh {
@@ -111,36 +126,76 @@ impl Mesh {
                 SocketAddr::V4(v4) if self.v6 => (IpAddr::from(v4.ip().to_ipv6_mapped()), v4.port()).into(),
                 other => other,
             };
-            if let Err(error) = self.send_burst(to, bytes, burst.segment) {
+            let mut sent = 0;
+            if let Err(error) = self.send_burst(to, bytes, burst.segment, &mut sent) {
                 tracing::trace!(%error, %to, "burst");
                 let reason = if error == nix::Error::EAGAIN || error == nix::Error::ENOBUFS {
                     DropReason::TunnelBusy
                 } else {
                     DropReason::TunnelError
                 };
-                self.counters.drops.add(reason, burst.count as u64);
+                self.counters.drops.add(reason, (bytes.len() - sent).div_ceil(burst.segment.max(1)) as u64);
             }
         }
     }
 
-    fn send_burst(&mut self, to: SocketAddr, bytes: &[u8], segment: usize) -> nix::Result<()> {
+    fn send_burst(&mut self, to: SocketAddr, bytes: &[u8], segment: usize, sent: &mut usize) -> nix::Result<()> {
         let fd = self.socket.as_fd();
-        let mut result = send_segments(fd, to, bytes, segment, self.gso);
-        if result == Err(nix::Error::EAGAIN) {
-            let mut ready = [PollFd::new(fd, PollFlags::POLLOUT)];
-            let _ = poll(&mut ready, PollTimeout::from(WAIT_MS));
-            result = send_segments(fd, to, bytes, segment, self.gso);
-        }
-        match result {
-            // EIO: the device cannot checksum; EINVAL also means "a segment is larger than the path", then singles tell.
-            Err(error @ (nix::Error::EIO | nix::Error::EINVAL | nix::Error::EOPNOTSUPP)) if self.gso && bytes.len() > segment => {
-                if error != nix::Error::EINVAL {
-                    tracing::info!(%error, "no UDP_SEGMENT here: datagrams are sent one by one");
-                    self.gso = false;
+        let (mut at_once, mut waited) = (self.gso, false);
+        loop {
+            match send_segments(fd, to, bytes, segment, at_once, sent) {
+                Err(nix::Error::EAGAIN) if !waited => {
+                    waited = true;
+                    let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::from(WAIT_MS));
                 }
-                send_segments(fd, to, bytes, segment, false)
+                // EIO: the device cannot checksum; EINVAL also means "a segment is larger than the path", then singles tell.
+                Err(error @ (nix::Error::EIO | nix::Error::EINVAL | nix::Error::EOPNOTSUPP))
+                    if at_once && bytes.len() > segment =>
+                {
+                    at_once = false;
+                    if error != nix::Error::EINVAL {
+                        tracing::info!(%error, "no UDP_SEGMENT here: datagrams are sent one by one");
+                        self.gso = false;
+                    }
+                }
+                other => return other,
             }
-            other => other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_that_was_stopped_goes_on_where_it_stopped() {
+        let bytes: Vec<u8> = (0..25).collect();
+        let (mut sent, mut heard, mut room) = (0, Vec::new(), 2);
+        let mut each = |datagram: &[u8]| {
+            if room == 0 {
+                room = 9;
+                return Err(nix::Error::EAGAIN);
+            }
+            room -= 1;
+            heard.push(datagram.to_vec());
+            Ok(())
+        };
+        assert_eq!(walk(&bytes, 10, &mut sent, &mut each), Err(nix::Error::EAGAIN));
+        assert_eq!(sent, 20);
+        assert_eq!(walk(&bytes, 10, &mut sent, &mut each), Ok(()));
+        assert_eq!(heard, [&bytes[..10], &bytes[10..20], &bytes[20..]]);
+    }
+
+    #[test]
+    fn bursts_arrive_once_each_at_once_and_one_by_one() {
+        let (from, to) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+        to.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+        for gso in [true, false] {
+            let mut sent = 0;
+            send_segments(from.as_fd(), to.local_addr().unwrap(), &[7; 250], 100, gso, &mut sent).unwrap();
+            let lens = [0; 3].map(|_| to.recv(&mut [0; 1000]).unwrap());
+            assert_eq!((lens, sent), ([100, 100, 50], 250));
         }
     }
 }

@@ -130,9 +130,9 @@ impl PortIo for Vxlan {
         }
         let burst = segment_len.max(1) * (crate::slice::MAX_BURST / segment_len.max(1)).clamp(1, crate::slice::MAX_SEGMENTS);
         for bytes in self.out.chunks(burst) {
-            let sent = send_segments(self.socket.as_fd(), self.remote, bytes, segment_len, true)
-                .or_else(|_| send_segments(self.socket.as_fd(), self.remote, bytes, segment_len, false));
-            match sent {
+            let mut sent = 0;
+            let mut send = |gso| send_segments(self.socket.as_fd(), self.remote, bytes, segment_len, gso, &mut sent);
+            match send(true).or_else(|_| send(false)) {
                 Ok(()) => (),
                 Err(nix::Error::EMSGSIZE) => return Err(WriteError::Refused(DropReason::GatewayTooBig)),
                 // The foreign end is away; the port is still there.

@@ -38,7 +38,7 @@ impl Switch {
         match message {
             Message::Hello(_) => {}
             Message::Members(hints) => self.members.hinted(now, hints),
-            Message::Networks(networks) => self.carries(id, networks)?,
+            Message::Networks(networks) => self.carries(&from, id, networks)?,
             Message::Owned { all, macs } => self.owned(now, &from, all, &macs),
             Message::Disowned(owned) => {
                 self.moves.disowned_heard(&from, owned);
@@ -48,7 +48,7 @@ impl Switch {
                 self.moves.moved_heard(now, owned, host);
                 self.dirty = true;
             }
-            Message::Learned { vni, vid, mac } => self.learned(now, &from, vni, vid, mac),
+            Message::Learned { vni, vid, mac } => self.learned(now, id, vni, vid, mac),
             Message::Move { owned, step } => {
                 self.moves.step_heard(now, &from, owned, step);
                 self.flush_owned((owned.vni, owned.mac));
@@ -112,11 +112,17 @@ impl Switch {
         }
     }
 
-    fn carries(&mut self, id: LinkId, networks: Vec<Vni>) -> Result<(), String> {
+    fn carries(&mut self, from: &HostId, id: LinkId, networks: Vec<Vni>) -> Result<(), String> {
         if networks.len() > NETWORKS_LIMIT {
             return Err(format!("got {} networks, want at most {NETWORKS_LIMIT}", networks.len()));
         }
-        let added = self.members.carries(id, networks);
+        let (added, removed) = self.members.carries(id, networks);
+        if let Some(slot) = self.members.slot(from) {
+            // What was heard there would be sent there in vain until it has aged.
+            for network in removed.iter().filter_map(|vni| self.networks.get(vni)) {
+                network.fdb.flush_place(Place::Peer(slot));
+            }
+        }
         self.dirty = true;
         if !added.is_empty() {
             self.tell_owned(id, false, &|vni| added.contains(&vni));
@@ -135,9 +141,11 @@ impl Switch {
         self.dirty = true;
     }
 
-    /// A learned MAC is heard elsewhere now. Only what we know is corrected: an announcement fills no table.
-    fn learned(&mut self, now: Instant, from: &HostId, vni: Vni, vid: u16, mac: MacAddr) {
-        let Some(slot) = self.members.slot(from) else { return };
+    /// A learned MAC is heard elsewhere now. Only what we know is corrected: an announcement fills no table. A peer speaks
+    /// for networks it carries.
+    fn learned(&mut self, now: Instant, id: LinkId, vni: Vni, vid: u16, mac: MacAddr) {
+        let Some(link) = self.members.link(id).filter(|link| link.networks.contains(&vni)) else { return };
+        let Some(slot) = self.members.slot(&link.host) else { return };
         let Some(network) = self.networks.get(&vni) else { return };
         let ageing = std::time::Duration::from_secs(network.spec.ageing_s.into());
         if !self.is_owned(vni, mac) {

@@ -229,6 +229,9 @@ fn a_message_before_hello_and_a_false_name_end_the_connection() {
     let newer = Hello { host: name(3), oldest: PROTOCOL + 1, newest: PROTOCOL + 2, ..hello.clone() };
     let refused = switch.handle_message(mesh.now, LinkId(900), Message::Hello(newer));
     assert!(refused.unwrap_err().contains("upgrade the older end"));
+    let narrow = Hello { host: name(3), max_datagram: 44, ..hello.clone() };
+    let refused = switch.handle_message(mesh.now, LinkId(900), Message::Hello(narrow));
+    assert!(refused.unwrap_err().contains("got max-datagram 44, want 1232"));
     let sealed = Hello { host: name(3), aead: Aead::Aes256Gcm, ..hello };
     let refused = switch.handle_message(mesh.now, LinkId(900), Message::Hello(sealed));
     assert!(refused.unwrap_err().contains("configured alike"));
@@ -316,6 +319,23 @@ fn an_announced_learned_mac_corrects_the_fdb_but_never_fills_it() {
     let ageing = Duration::from_secs(300);
     assert!(matches!(fdb.lookup(mesh.now, 0, MAC, ageing), Some(Place::Peer(_))));
     assert_eq!(fdb.lookup(mesh.now, 0, other, ageing), None);
+}
+
+#[test]
+fn a_peer_that_stops_carrying_a_network_is_forgotten_there_and_teaches_nothing_of_it() {
+    let mut mesh = Mesh::new(2);
+    mesh.port(1, "a", None);
+    let fdb = Arc::clone(&mesh.network(1).fdb);
+    fdb.learn(mesh.now, 0, MAC, Place::Peer(mesh.network(1).peers[0]));
+
+    mesh.ask(2, SwitchRequest::NetworkRemove { vni: vni(5) }).unwrap();
+    assert!(fdb.is_empty(), "frames for it would be dropped until it has aged");
+
+    fdb.learn(mesh.now, 0, MAC, Place::Port(PortSlot(0)));
+    mesh.now = mesh.now + crate::fdb::SETTLE;
+    let link = mesh.switches[0].link_of(&name(2)).unwrap();
+    mesh.switches[0].handle_message(mesh.now, link, Message::Learned { vni: vni(5), vid: 0, mac: MAC }).unwrap();
+    assert_eq!(fdb.lookup(mesh.now, 0, MAC, Duration::from_secs(300)), Some(Place::Port(PortSlot(0))));
 }
 
 #[test]
