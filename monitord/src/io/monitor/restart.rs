@@ -97,7 +97,10 @@ impl Monitor {
                 self.tell_fabric(&known, Fabric::Running);
                 self.settle_arrival(vm);
             }
-            (Some(_), Standing::Arriving { .. }) => self.resume_wait(record),
+            (Some(_), Standing::Arriving { .. }) => {
+                self.attach_if_lost(record, port)?;
+                self.resume_wait(record);
+            }
             (Some(_), Standing::Here) => self.attach_if_lost(record, port)?,
         }
         Ok(())
