@@ -3,9 +3,11 @@
 
 mod fake;
 
-use fake::{Host, LIMIT, until};
+use fake::{Host, LIMIT, ask, until};
+use monitord::hypervisor::HypervisorError;
 use monitord::transaction::Standing;
-use violin_common::control::monitor::VmState;
+use violin_common::api::switch::MoveState;
+use violin_common::control::monitor::{Answer, Command, MigrationMode, VmState};
 
 fn arriving() -> Standing {
     Standing::Arriving { uri: "fake:".into() }
@@ -19,4 +21,23 @@ fn a_vm_on_its_way_gets_the_port_its_restarted_switch_has_lost() {
     let _monitor = host.monitor();
 
     until("its port is there", LIMIT, || host.has_port(&spec));
+}
+
+#[test]
+fn a_vm_gets_its_port_back_while_its_memory_is_copied() {
+    let host = Host::new();
+    let spec = host.left_behind(1, Standing::Here, VmState::Running);
+    let monitor = host.monitor();
+    until("its port is there", LIMIT, || host.has_port(&spec));
+    let (vm, to) = (spec.vm.clone(), "h2".parse().unwrap());
+    let migrate = Command::Migrate { vm, to, uri: "fake:".into(), mode: MigrationMode::PreCopy };
+    let moving = std::thread::spawn(move || ask(&monitor, migrate));
+    until("the switch has granted", LIMIT, || host.move_state(&spec) == Some(MoveState::Granted));
+
+    host.switch.lock().unwrap().restart();
+
+    until("its port is there again", LIMIT, || host.has_port(&spec));
+    host.outcomes.send(Err(HypervisorError::NotHere(spec.vm.clone()))).unwrap();
+    let Answer::Failed(words) = moving.join().unwrap() else { panic!("it moved") };
+    assert!(words.contains("the VM runs on here"), "{words}");
 }

@@ -127,9 +127,13 @@ impl Monitor {
         for record in lost {
             let vm = &record.spec.vm;
             let mutex = Arc::clone(lock(&self.locks).entry(vm.clone()).or_default());
-            // A command at work on this VM knows better what its port should be.
-            let Ok(_guard) = mutex.try_lock() else { continue };
-            if lock(&self.vms).get(vm).map(|known| &known.record) != Some(&record) {
+            let guard = mutex.try_lock();
+            let wants_port = lock(&self.vms).get(vm).is_some_and(|known| {
+                // A command at work on this VM knows better what its port should be; but a move away may copy memory for
+                // many minutes, while the VM runs here.
+                known.record == record && (guard.is_ok() || is_being_copied(known))
+            });
+            if !wants_port {
                 continue;
             }
             // The list may be older than the port.
@@ -140,9 +144,34 @@ impl Monitor {
             if let Err(error) = self.attach(&record) {
                 tracing::warn!(vm = %vm, %error, "making the port again; trying again next time");
             }
+            if guard.is_err() {
+                self.overtaken(&record);
+            }
         }
         self.accesses.heal(ports);
     }
+
+    /// What the move told the switch while its VM's port was being made again found no port: does it now.
+    fn overtaken(&self, record: &Record) {
+        let vm = &record.spec.vm;
+        let known = lock(&self.vms).get(vm).cloned();
+        let result = match known {
+            Some(known) if known.stopped.is_some() && known.state == VmState::Paused => {
+                let (vni, mac) = (record.spec.network.vni, record.spec.mac);
+                self.switch.tell(&SwitchRequest::MoveStopped { vni, mac })
+            }
+            Some(_) => Ok(()),
+            None => self.switch.remove_ports(vm),
+        };
+        if let Err(error) = result {
+            tracing::warn!(vm = %vm, %error, "following a move that went on while its port was made again");
+        }
+    }
+}
+
+/// Whether a VM that is being moved away still runs here.
+fn is_being_copied(vm: &Vm) -> bool {
+    matches!(vm.record.standing, Standing::Leaving { .. }) && vm.stopped.is_none() && vm.state == VmState::Running
 }
 
 /// A VM's port in a list.
