@@ -4,7 +4,8 @@
 mod fake;
 
 use fake::{Host, LIMIT, ask, until};
-use monitord::hypervisor::HypervisorError;
+use monitord::hypervisor::{Change, HypervisorError};
+use monitord::io::record::Records;
 use monitord::transaction::Standing;
 use violin_common::api::switch::MoveState;
 use violin_common::control::monitor::{Answer, Command, MigrationMode, VmState};
@@ -40,4 +41,35 @@ fn a_vm_gets_its_port_back_while_its_memory_is_copied() {
     host.outcomes.send(Err(HypervisorError::NotHere(spec.vm.clone()))).unwrap();
     let Answer::Failed(words) = moving.join().unwrap() else { panic!("it moved") };
     assert!(words.contains("the VM runs on here"), "{words}");
+}
+
+#[test]
+fn a_vm_that_arrives_while_its_switch_starts_anew_is_owned_in_the_end() {
+    let host = Host::new();
+    let spec = host.left_behind(1, arriving(), VmState::Arriving);
+    let _monitor = host.monitor();
+    until("its port is there", LIMIT, || host.has_port(&spec));
+
+    // The switch hears that it runs, and loses that together with the port.
+    let mut switch = host.switch.lock().unwrap();
+    switch.restart();
+    host.has(&spec, VmState::Running);
+    host.tell(&spec, Change::Running);
+    drop(switch);
+
+    until("the switch owns its MAC", LIMIT, || host.move_state(&spec) == Some(MoveState::Owned));
+}
+
+#[test]
+fn an_arrived_vm_that_was_not_owned_before_the_monitor_died_is_owned_in_the_end() {
+    let host = Host::new();
+    let spec = host.left_behind(1, Standing::Here, VmState::Running);
+    let records = Records::open(&host.dir.path().join("run")).unwrap();
+    let mut record = records.read_all().unwrap().remove(0);
+    record.epoch = None;
+    records.write(&record).unwrap();
+
+    let _monitor = host.monitor();
+
+    until("the switch owns its MAC", LIMIT, || host.move_state(&spec) == Some(MoveState::Owned));
 }

@@ -53,7 +53,7 @@ impl Monitor {
         });
     }
 
-    fn put_right(&self, record: &Record) -> Result<(), String> {
+    fn put_right(self: &Arc<Self>, record: &Record) -> Result<(), String> {
         let vm = &record.spec.vm;
         let list = self.hypervisor.list().map_err(|error| error.to_string())?;
         let seen = list.into_iter().find(|seen| &seen.vm == vm && seen.state != VmState::Stopped);
@@ -101,7 +101,12 @@ impl Monitor {
                 self.attach_if_lost(record, port)?;
                 self.resume_wait(record);
             }
-            (Some(_), Standing::Here) => self.attach_if_lost(record, port)?,
+            (Some(_), Standing::Here) => {
+                self.attach_if_lost(record, port)?;
+                if record.epoch.is_none() {
+                    self.own_later(vm);
+                }
+            }
         }
         Ok(())
     }
