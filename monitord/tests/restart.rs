@@ -73,3 +73,15 @@ fn an_arrived_vm_that_was_not_owned_before_the_monitor_died_is_owned_in_the_end(
 
     until("the switch owns its MAC", LIMIT, || host.move_state(&spec) == Some(MoveState::Owned));
 }
+
+#[test]
+fn a_vm_whose_move_is_under_way_keeps_no_other_waiting() {
+    let host = Host::new();
+    host.left_behind(1, Standing::Leaving { to: "h2".parse().unwrap() }, VmState::Running);
+    host.hypervisor.list.lock().unwrap()[0].leaving = true;
+    let other = host.left_behind(2, Standing::Here, VmState::Running);
+
+    let _monitor = host.monitor();
+
+    until("the other's port is there", LIMIT, || host.has_port(&other));
+}

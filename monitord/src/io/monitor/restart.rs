@@ -5,6 +5,7 @@ use crate::io::record::Record;
 use crate::transaction::{Fabric, Standing};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 use violin_common::VmId;
 use violin_common::api::switch::{MoveState, PortSeen, SwitchRequest};
@@ -37,20 +38,25 @@ impl Monitor {
             lock(&self.vms).insert(vm.record.spec.vm.clone(), vm);
         }
         self.watch_boots();
-        let monitor = Arc::clone(self);
-        std::thread::spawn(move || {
-            let left: Vec<_> = lock(&monitor.vms).values().map(|vm| vm.record.clone()).collect();
-            for record in left {
-                let vm = record.spec.vm.clone();
-                // Commands for this VM wait until it is put right.
-                monitor.alone(&vm, || {
+        // A thread each: one whose move is still under way must not keep the others waiting.
+        let left: Vec<_> = lock(&self.vms).values().map(|vm| vm.record.clone()).collect();
+        let (taken, all_taken) = channel::<()>();
+        for record in left {
+            let (monitor, taken) = (Arc::clone(self), taken.clone());
+            std::thread::spawn(move || {
+                let vm = &record.spec.vm;
+                monitor.alone(vm, || {
+                    drop(taken);
                     while let Err(error) = monitor.put_right(&record) {
                         tracing::warn!(vm = %vm, %error, "taking up a VM; trying again");
                         std::thread::sleep(AGAIN);
                     }
                 });
-            }
-        });
+            });
+        }
+        drop(taken);
+        // Commands for a VM wait until it is put right, so each thread has its VM's lock before the first can come.
+        let _ = all_taken.recv();
     }
 
     fn put_right(self: &Arc<Self>, record: &Record) -> Result<(), String> {
