@@ -130,6 +130,11 @@ impl MonitorConfig {
         if config.capacity.quota_period < Span::from_millis(10) || config.capacity.quota_period > Span::from_secs(1) {
             return Err(ConfigError::value("capacity.quota-period", config.capacity.quota_period, "10ms to 1s"));
         }
+        // Other monitors are told this address; they would fetch from themselves.
+        if config.listen.ip().is_unspecified() {
+            let wanted = "an address of this host that other hosts reach";
+            return Err(ConfigError::value("listen", config.listen, wanted));
+        }
         for (key, value) in [("capacity.cores", config.capacity.cores), ("capacity.scale", config.capacity.scale)] {
             if !(value > 0.0 && value <= 4096.0) {
                 return Err(ConfigError::value(key, value, "more than 0, at most 4096"));
@@ -138,10 +143,30 @@ impl MonitorConfig {
         if config.capacity.memory_mib == 0 {
             return Err(ConfigError::value("capacity.memory-mib", config.capacity.memory_mib, "at least 1"));
         }
-        if config.listen.ip().is_unspecified() {
-            // Other monitors are told to fetch images there.
-            return Err(ConfigError::value("listen", config.listen, "an address of this host, not the wildcard"));
-        }
         Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXAMPLE: &str = include_str!("../../../configs/monitord.example.toml");
+
+    #[test]
+    fn errors_name_key_got_and_wanted() {
+        assert!(MonitorConfig::parse(EXAMPLE).is_ok());
+        let bad = [
+            ("192.0.2.11:7473", "0.0.0.0:7473", "key `listen`: got 0.0.0.0:7473, want an address of this host"),
+            ("192.0.2.11:7473", "[::]:7473", "key `listen`: got [::]:7473, want an address of this host"),
+            ("cores = 4.0", "cores = 0.0", "key `capacity.cores`: got 0, want more than 0, at most 4096"),
+            ("# period = \"1s\"", "period = \"1ms\"", "key `period`: got 1ms, want 100ms to 60s"),
+        ];
+        for (from, to, want) in bad {
+            let text = EXAMPLE.replacen(from, to, 1);
+            assert_ne!(text, EXAMPLE, "{from}");
+            let said = MonitorConfig::parse(&text).unwrap_err().to_string();
+            assert!(said.contains(want), "{said}");
+        }
     }
 }

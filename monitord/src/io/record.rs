@@ -15,7 +15,7 @@ pub struct Record {
     pub spec: VmSpec,
     /// Name of its interface.
     pub interface: String,
-    /// Highest epoch known; none before an arriving VM's port has one.
+    /// Highest epoch known; none before this switch has owned the MAC of a VM that arrived.
     pub epoch: Option<Epoch>,
     /// Whether its guest has said that it is up.
     pub ready: bool,

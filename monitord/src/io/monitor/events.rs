@@ -10,11 +10,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant as Clock};
 use violin_common::VmId;
-use violin_common::api::switch::{MoveState, SwitchRequest};
+use violin_common::api::switch::{MoveSeen, MoveState, SwitchRequest};
 use violin_common::control::monitor::{VmSeen, VmState};
 
 /// How long the switch is asked again when it cannot be reached: a restart of it takes less.
 const TELL_LIMIT: Duration = Duration::from_secs(10);
+/// How long a switch that does not own the MAC of an arrived VM is left in peace before it is told again.
+const TELL_AGAIN: Duration = Duration::from_millis(500);
 /// How long the first frame read after an arrival is waited for.
 pub(super) const READ_LIMIT: Duration = Duration::from_secs(3);
 /// How often the interface's counter is read meanwhile; it is the resolution of that figure.
@@ -108,31 +110,76 @@ impl Monitor {
         }
     }
 
-    /// Waits until this switch owns the arrived VM's MAC, then knows the VM as running here.
-    pub(super) fn settle_arrival(&self, vm: &VmId) {
+    /// Waits until this switch owns the arrived VM's MAC, then knows the VM as running here. If that takes too long it is
+    /// known as running here too, but without an epoch, and the switch is told further on a thread of its own.
+    pub(super) fn settle_arrival(self: &Arc<Self>, vm: &VmId) {
         let deadline = Clock::now() + TELL_LIMIT;
+        let mut again = Clock::now() + TELL_AGAIN;
         let Some(known) = lock(&self.vms).get(vm).cloned() else { return };
         let spec = &known.record.spec;
         loop {
             let status = self.switch.move_status(spec.network.vni, spec.mac);
             let owned = status.as_ref().is_ok_and(|seen| seen.state == MoveState::Owned);
-            if owned || Clock::now() > deadline {
-                if !owned {
-                    tracing::error!(vm = %vm, ?status, "the VM runs here, but the switch does not own its MAC");
-                }
-                self.change(vm, |vm| {
-                    vm.record.standing = Standing::Here;
-                    vm.state = if vm.record.ready { VmState::Running } else { VmState::Booting };
-                    if let Ok(seen) = status {
-                        vm.record.epoch = Some(seen.epoch);
-                        vm.arrival.fabric = Some(seen);
-                    }
-                    vm.owned = owned;
-                });
+            if owned {
+                self.arrived(vm, status.ok());
                 return;
+            }
+            if Clock::now() > deadline {
+                tracing::error!(vm = %vm, ?status, "the VM runs here, but the switch does not own its MAC; it is told again");
+                self.arrived(vm, None);
+                self.own_later(vm);
+                return;
+            }
+            // A switch that started anew had no port when it was told, or has forgotten it.
+            if Clock::now() > again {
+                self.tell_fabric(&known, Fabric::Running);
+                again = Clock::now() + TELL_AGAIN;
             }
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Knows an arrived VM as running here, and its MAC as owned if the switch has said so.
+    fn arrived(&self, vm: &VmId, owned: Option<MoveSeen>) {
+        self.change(vm, |vm| {
+            if matches!(vm.record.standing, Standing::Arriving { .. }) {
+                vm.record.standing = Standing::Here;
+                vm.state = if vm.record.ready { VmState::Running } else { VmState::Booting };
+            }
+            vm.owned = owned.is_some();
+            if let Some(seen) = owned {
+                vm.record.epoch = Some(seen.epoch);
+                vm.arrival.fabric = Some(seen);
+            }
+        });
+    }
+
+    /// Tells the switch that an arrived VM runs, again and again until it owns its MAC or the VM is no longer here.
+    pub(super) fn own_later(self: &Arc<Self>, vm: &VmId) {
+        let (weak, vm) = (Arc::downgrade(self), vm.clone());
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(TELL_AGAIN);
+                let Some(monitor) = weak.upgrade() else { return };
+                let Some(known) = lock(&monitor.vms).get(&vm).cloned() else { return };
+                match known.record.standing {
+                    _ if known.record.epoch.is_some() => return,
+                    Standing::Arriving { .. } => return,
+                    Standing::Here if known.state != VmState::Paused => {}
+                    // A try to move it away fails while it is not owned.
+                    Standing::Here | Standing::Leaving { .. } => continue,
+                }
+                monitor.tell_fabric(&known, Fabric::Running);
+                let spec = &known.record.spec;
+                match monitor.switch.move_status(spec.network.vni, spec.mac) {
+                    Ok(seen) if seen.state == MoveState::Owned => {
+                        tracing::info!(vm = %vm, "the switch owns its MAC at last");
+                        return monitor.arrived(&vm, Some(seen));
+                    }
+                    status => tracing::debug!(vm = %vm, ?status, "not owned yet"),
+                }
+            }
+        });
     }
 
     /// Notes when more than `before` frames have been read, on a thread of its own: further events must not wait for it.

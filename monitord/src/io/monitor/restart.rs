@@ -5,6 +5,7 @@ use crate::io::record::Record;
 use crate::transaction::{Fabric, Standing};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 use violin_common::VmId;
 use violin_common::api::switch::{MoveState, PortSeen, SwitchRequest};
@@ -37,23 +38,28 @@ impl Monitor {
             lock(&self.vms).insert(vm.record.spec.vm.clone(), vm);
         }
         self.watch_boots();
-        let monitor = Arc::clone(self);
-        std::thread::spawn(move || {
-            let left: Vec<_> = lock(&monitor.vms).values().map(|vm| vm.record.clone()).collect();
-            for record in left {
-                let vm = record.spec.vm.clone();
-                // Commands for this VM wait until it is put right.
-                monitor.alone(&vm, || {
+        // A thread each: one whose move is still under way must not keep the others waiting.
+        let left: Vec<_> = lock(&self.vms).values().map(|vm| vm.record.clone()).collect();
+        let (taken, all_taken) = channel::<()>();
+        for record in left {
+            let (monitor, taken) = (Arc::clone(self), taken.clone());
+            std::thread::spawn(move || {
+                let vm = &record.spec.vm;
+                monitor.alone(vm, || {
+                    drop(taken);
                     while let Err(error) = monitor.put_right(&record) {
                         tracing::warn!(vm = %vm, %error, "taking up a VM; trying again");
                         std::thread::sleep(AGAIN);
                     }
                 });
-            }
-        });
+            });
+        }
+        drop(taken);
+        // Commands for a VM wait until it is put right, so each thread has its VM's lock before the first can come.
+        let _ = all_taken.recv();
     }
 
-    fn put_right(&self, record: &Record) -> Result<(), String> {
+    fn put_right(self: &Arc<Self>, record: &Record) -> Result<(), String> {
         let vm = &record.spec.vm;
         let list = self.hypervisor.list().map_err(|error| error.to_string())?;
         let seen = list.into_iter().find(|seen| &seen.vm == vm && seen.state != VmState::Stopped);
@@ -97,8 +103,16 @@ impl Monitor {
                 self.tell_fabric(&known, Fabric::Running);
                 self.settle_arrival(vm);
             }
-            (Some(_), Standing::Arriving { .. }) => self.resume_wait(record),
-            (Some(_), Standing::Here) => self.attach_if_lost(record, port)?,
+            (Some(_), Standing::Arriving { .. }) => {
+                self.attach_if_lost(record, port)?;
+                self.resume_wait(record);
+            }
+            (Some(_), Standing::Here) => {
+                self.attach_if_lost(record, port)?;
+                if record.epoch.is_none() {
+                    self.own_later(vm);
+                }
+            }
         }
         Ok(())
     }
@@ -124,9 +138,13 @@ impl Monitor {
         for record in lost {
             let vm = &record.spec.vm;
             let mutex = Arc::clone(lock(&self.locks).entry(vm.clone()).or_default());
-            // A command at work on this VM knows better what its port should be.
-            let Ok(_guard) = mutex.try_lock() else { continue };
-            if lock(&self.vms).get(vm).map(|known| &known.record) != Some(&record) {
+            let guard = mutex.try_lock();
+            let wants_port = lock(&self.vms).get(vm).is_some_and(|known| {
+                // A command at work on this VM knows better what its port should be; but a move away may copy memory for
+                // many minutes, while the VM runs here.
+                known.record == record && (guard.is_ok() || is_being_copied(known))
+            });
+            if !wants_port {
                 continue;
             }
             // The list may be older than the port.
@@ -137,9 +155,34 @@ impl Monitor {
             if let Err(error) = self.attach(&record) {
                 tracing::warn!(vm = %vm, %error, "making the port again; trying again next time");
             }
+            if guard.is_err() {
+                self.overtaken(&record);
+            }
         }
         self.accesses.heal(ports);
     }
+
+    /// What the move told the switch while its VM's port was being made again found no port: does it now.
+    fn overtaken(&self, record: &Record) {
+        let vm = &record.spec.vm;
+        let known = lock(&self.vms).get(vm).cloned();
+        let result = match known {
+            Some(known) if known.stopped.is_some() && known.state == VmState::Paused => {
+                let (vni, mac) = (record.spec.network.vni, record.spec.mac);
+                self.switch.tell(&SwitchRequest::MoveStopped { vni, mac })
+            }
+            Some(_) => Ok(()),
+            None => self.switch.remove_ports(vm),
+        };
+        if let Err(error) = result {
+            tracing::warn!(vm = %vm, %error, "following a move that went on while its port was made again");
+        }
+    }
+}
+
+/// Whether a VM that is being moved away still runs here.
+fn is_being_copied(vm: &Vm) -> bool {
+    matches!(vm.record.standing, Standing::Leaving { .. }) && vm.stopped.is_none() && vm.state == VmState::Running
 }
 
 /// A VM's port in a list.

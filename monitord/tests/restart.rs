@@ -1,0 +1,87 @@
+//! What the monitor does when it, or its switch, was started anew; with a hypervisor and a switch that are not real.
+#![cfg(feature = "io")]
+
+mod fake;
+
+use fake::{Host, LIMIT, ask, until};
+use monitord::hypervisor::{Change, HypervisorError};
+use monitord::io::record::Records;
+use monitord::transaction::Standing;
+use violin_common::api::switch::MoveState;
+use violin_common::control::monitor::{Answer, Command, MigrationMode, VmState};
+
+fn arriving() -> Standing {
+    Standing::Arriving { uri: "fake:".into() }
+}
+
+#[test]
+fn a_vm_on_its_way_gets_the_port_its_restarted_switch_has_lost() {
+    let host = Host::new();
+    let spec = host.left_behind(1, arriving(), VmState::Arriving);
+
+    let _monitor = host.monitor();
+
+    until("its port is there", LIMIT, || host.has_port(&spec));
+}
+
+#[test]
+fn a_vm_gets_its_port_back_while_its_memory_is_copied() {
+    let host = Host::new();
+    let spec = host.left_behind(1, Standing::Here, VmState::Running);
+    let monitor = host.monitor();
+    until("its port is there", LIMIT, || host.has_port(&spec));
+    let (vm, to) = (spec.vm.clone(), "h2".parse().unwrap());
+    let migrate = Command::Migrate { vm, to, uri: "fake:".into(), mode: MigrationMode::PreCopy };
+    let moving = std::thread::spawn(move || ask(&monitor, migrate));
+    until("the switch has granted", LIMIT, || host.move_state(&spec) == Some(MoveState::Granted));
+
+    host.switch.lock().unwrap().restart();
+
+    until("its port is there again", LIMIT, || host.has_port(&spec));
+    host.outcomes.send(Err(HypervisorError::NotHere(spec.vm.clone()))).unwrap();
+    let Answer::Failed(words) = moving.join().unwrap() else { panic!("it moved") };
+    assert!(words.contains("the VM runs on here"), "{words}");
+}
+
+#[test]
+fn a_vm_that_arrives_while_its_switch_starts_anew_is_owned_in_the_end() {
+    let host = Host::new();
+    let spec = host.left_behind(1, arriving(), VmState::Arriving);
+    let _monitor = host.monitor();
+    until("its port is there", LIMIT, || host.has_port(&spec));
+
+    // The switch hears that it runs, and loses that together with the port.
+    let mut switch = host.switch.lock().unwrap();
+    switch.restart();
+    host.has(&spec, VmState::Running);
+    host.tell(&spec, Change::Running);
+    drop(switch);
+
+    until("the switch owns its MAC", LIMIT, || host.move_state(&spec) == Some(MoveState::Owned));
+}
+
+#[test]
+fn an_arrived_vm_that_was_not_owned_before_the_monitor_died_is_owned_in_the_end() {
+    let host = Host::new();
+    let spec = host.left_behind(1, Standing::Here, VmState::Running);
+    let records = Records::open(&host.dir.path().join("run")).unwrap();
+    let mut record = records.read_all().unwrap().remove(0);
+    record.epoch = None;
+    records.write(&record).unwrap();
+
+    let _monitor = host.monitor();
+
+    until("the switch owns its MAC", LIMIT, || host.move_state(&spec) == Some(MoveState::Owned));
+}
+
+#[test]
+fn a_vm_whose_move_is_under_way_keeps_no_other_waiting() {
+    let host = Host::new();
+    host.left_behind(1, Standing::Leaving { to: "h2".parse().unwrap() }, VmState::Running);
+    host.hypervisor.list.lock().unwrap()[0].leaving = true;
+    let other = host.left_behind(2, Standing::Here, VmState::Running);
+
+    let _monitor = host.monitor();
+
+    until("the other's port is there", LIMIT, || host.has_port(&other));
+}
