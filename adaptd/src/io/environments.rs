@@ -1,7 +1,7 @@
 //! Environments: up as one unit or not at all, down, and the door into one.
 
 use crate::io::monitors::ask;
-use crate::io::world::Shared;
+use crate::io::world::{Shared, World};
 use crate::io::{clock, keys};
 use crate::place::place;
 use crate::records::{Life, RecordV1, StoredEnvironment};
@@ -38,16 +38,14 @@ pub async fn up(
     words: &Words,
 ) -> Result<(), String> {
     let name = spec.name.clone();
-    admit(shared, &spec, &placement)?;
+    admit(shared, &shared.world(), &spec, &placement)?;
     let pair = keys::generate(&shared.config.socket, &name).await.map_err(|error| format!("{error:#}"))?;
-    keys::store(&shared.config.socket, &name, &pair).map_err(|error| format!("{error:#}"))?;
     let starts = {
-        // Admitted again under the lock: another environment may have come meanwhile.
-        let placed = admit(shared, &spec, &placement)?;
+        // Admitted again, and recorded under the same lock: another environment may have come meanwhile, and whoever is
+        // refused must not overwrite its key.
         let mut world = shared.world();
-        if world.state.environments.contains_key(&name) {
-            return Err(format!("environment {name} is being started already"));
-        }
+        let placed = admit(shared, &world, &spec, &placement)?;
+        keys::store(&shared.config.socket, &name, &pair).map_err(|error| format!("{error:#}"))?;
         let stored = StoredEnvironment { spec, home: placed.home, image, placement: placed.hosts, keys: pair };
         shared.record(&mut world, RecordV1::EnvironmentBegins(Box::new(stored)))?;
         let specs: Vec<(VmSpec, HostId)> = world
@@ -86,8 +84,12 @@ pub async fn up(
     }
 }
 
-fn admit(shared: &Shared, spec: &EnvironmentSpec, placement: &BTreeMap<String, HostId>) -> Result<crate::place::Placed, String> {
-    let world = shared.world();
+fn admit(
+    shared: &Shared,
+    world: &World,
+    spec: &EnvironmentSpec,
+    placement: &BTreeMap<String, HostId>,
+) -> Result<crate::place::Placed, String> {
     let taken = world.state.environments.iter().map(|(name, known)| (name.clone(), known.stored.spec.network.vni)).collect();
     let snapshot = world.snapshot(clock::now(), &shared.config);
     place(&snapshot, &taken, spec, placement).map_err(|refusal| refusal.to_string())
