@@ -51,6 +51,8 @@ pub async fn run(config: AdaptConfig, stop: impl Future<Output = ()>) -> anyhow:
         Some(task) = tasks.join_next() => bail!("a part of the manager ended: {task:?}"),
     };
     tracing::info!("adaptd ends; moves under way are taken up at the next start");
+    // Before any connection closes, or every question open would count as failed and undo its move.
+    shared.ending.send_replace(true);
     tasks.shutdown().await;
     endpoint.close("adaptd ends").await;
     ended

@@ -63,6 +63,8 @@ pub struct Shared {
     pub changes: watch::Sender<u64>,
     /// Set once with the reason why the manager must stop.
     pub fatal: watch::Sender<Option<String>>,
+    /// Set once when the manager ends cleanly: what carries plans out stops where it is, for the next manager.
+    pub ending: watch::Sender<bool>,
 }
 
 impl Shared {
@@ -81,8 +83,8 @@ impl Shared {
             refusals_written: (BTreeSet::new(), Instant(0)),
         };
         let (events, changes, fatal) = (broadcast::channel(1024).0, watch::channel(0).0, watch::channel(None).0);
-        let give_up = broadcast::channel(64).0;
-        Self { config, world: Mutex::new(world), events, give_up, changes, fatal }
+        let (give_up, ending) = (broadcast::channel(64).0, watch::channel(false).0);
+        Self { config, world: Mutex::new(world), events, give_up, changes, fatal, ending }
     }
 
     /// Takes the lock. A task that died with it left whole records behind, so what it knew still holds.

@@ -189,6 +189,10 @@ impl Deployment {
         self.table.lock().unwrap().held.clear();
     }
 
+    pub(crate) fn release_one(&self, host: &str, kind: &str) {
+        self.table.lock().unwrap().held.remove(&(host.into(), kind.into()));
+    }
+
     pub(crate) fn fail(&self, host: &str, kind: &str, vm: &str) {
         self.table.lock().unwrap().failing.insert((host.into(), kind.into(), vm.into()));
     }

@@ -161,6 +161,67 @@ async fn a_manager_killed_between_the_moves_of_a_gang_goes_on_with_it() {
     }
 }
 
+/// No command is under way: the next move is about to be checked, and all monitors come back later than the manager.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_that_ends_between_two_moves_of_a_gang_goes_on_with_it_when_its_monitors_are_back() {
+    for clean in [false, true] {
+        let mut deployment = Deployment::new("observe").await;
+        deployment.up("beta", &BETA).await;
+        deployment.hold("h1", "migrate");
+        let socket = deployment.socket();
+        let request = AdaptRequest::EnvMove { environment: "beta".parse().unwrap(), to: "d2".parse().unwrap() };
+        let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
+        deployment.until_reached("h1", "migrate").await;
+        deployment.hold("h1", "list");
+        deployment.release_one("h1", "migrate");
+        deployment.until_reached("h1", "list").await;
+        assert_eq!(deployment.moved(), ["beta-c1 h1 h3"]);
+
+        if clean {
+            assert!(deployment.terminate(), "{}", deployment.log());
+        } else {
+            deployment.kill();
+        }
+        let hosts = ["h1", "h2", "h3"];
+        hosts.iter().for_each(|host| deployment.kill_monitor(host));
+        deployment.release();
+        deployment.start();
+        deployment.until("the gang is taken up", |deployment| deployment.log().matches("is not connected").count() >= 2).await;
+        hosts.iter().for_each(|host| deployment.start_monitor(host));
+        deployment.until("the gang is there", |deployment| deployment.nothing_moves() && deployment.halves().is_empty()).await;
+
+        let _ = asking.await;
+        for vm in ["beta-c1", "beta-c2", "beta-c3", "beta-c4"] {
+            assert_eq!(deployment.running(vm), ["h3"], "clean end: {clean}\n{}", deployment.log());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_end_leaves_a_move_to_the_next_manager() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    deployment.hold("h3", "prepare");
+    let socket = deployment.socket();
+    let request = AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h3".parse().unwrap() };
+    let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
+    deployment.until_reached("h3", "prepare").await;
+
+    assert!(deployment.terminate(), "{}", deployment.log());
+    deployment.release();
+    deployment.start();
+    deployment
+        .until("the move has ended", |deployment| {
+            !deployment.migrations().is_empty() && deployment.nothing_moves() && deployment.halves().is_empty()
+        })
+        .await;
+
+    let _ = asking.await;
+    let seen = &deployment.migrations()[0];
+    assert!(matches!(&seen.outcome, Outcome::Undone(why) if why.contains("restarted")), "{seen:?}");
+    assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_gang_that_fails_half_way_returns() {
     let deployment = crowded("act").await;
