@@ -98,6 +98,13 @@ pub enum RecordV1 {
         /// Where.
         host: HostId,
     },
+    /// A host's monitor has said that an ended VM is stopped there.
+    VmStopped {
+        /// Which.
+        vm: VmId,
+        /// Where.
+        host: HostId,
+    },
 }
 
 /// An environment as the journal keeps it.
@@ -189,6 +196,8 @@ pub struct State {
     pub vms: BTreeMap<VmId, KnownVm>,
     /// VMs that must not run any more, wherever they turn up.
     pub ended: BTreeSet<VmId>,
+    /// Those of them that may still run, and the hosts whose monitors have not said yet that they are stopped there.
+    pub to_stop: BTreeMap<VmId, BTreeSet<HostId>>,
     /// Decisions, oldest first.
     pub decisions: Vec<DecisionSeen>,
     /// Migrations by number.
@@ -228,7 +237,14 @@ impl State {
                 if let Some(environment) = self.environments.get_mut(name) {
                     environment.life = Life::Ending;
                 }
-                self.ended.extend(self.vms.iter().filter(|(_, vm)| vm.environment == *name).map(|(vm, _)| vm.clone()));
+                let ended = self.vms.iter().filter(|(_, vm)| vm.environment == *name);
+                let hosts =
+                    |vm, known: &KnownVm| [Some(&known.host), self.moving_to(vm)].into_iter().flatten().cloned().collect();
+                let ended: Vec<(VmId, Vec<HostId>)> = ended.map(|(vm, known)| (vm.clone(), hosts(vm, known))).collect();
+                for (vm, hosts) in ended {
+                    self.ended.insert(vm.clone());
+                    self.to_stop.entry(vm).or_default().extend(hosts);
+                }
             }
             RecordV1::EnvironmentGone(name) => {
                 self.environments.remove(name);
@@ -238,6 +254,12 @@ impl State {
                 if let Some(vm) = self.vms.get_mut(vm) {
                     vm.host = host.clone();
                 }
+            }
+            RecordV1::VmStopped { vm, host } => {
+                if let Some(hosts) = self.to_stop.get_mut(vm) {
+                    hosts.remove(host);
+                }
+                self.to_stop.retain(|_, hosts| !hosts.is_empty());
             }
             RecordV1::Decided { decision, .. } => self.decisions.push((**decision).clone()),
             RecordV1::PlanBegins { plan, migrations } => {
@@ -284,6 +306,7 @@ impl State {
             let Some(host) = stored.placement.get(&node.vm) else { continue };
             let spec = vm_spec(stored, &node);
             self.ended.remove(&node.vm);
+            self.to_stop.remove(&node.vm);
             self.vms.insert(node.vm, KnownVm { environment: name.clone(), spec, host: host.clone(), moved: None });
         }
         let known = KnownEnvironment { stored: stored.clone(), life: Life::Starting, access: None, moved: None };
@@ -319,6 +342,11 @@ impl State {
     /// Number for the next decision.
     pub fn next_decision(&self) -> u64 {
         self.decisions.last().map_or(1, |last| last.number + 1)
+    }
+
+    /// Whether an ended VM is still to be stopped on a host.
+    pub fn is_owed(&self, vm: &VmId, host: &HostId) -> bool {
+        self.to_stop.get(vm).is_some_and(|hosts| hosts.contains(host))
     }
 
     /// Where a VM is moving to, if it is.

@@ -114,6 +114,9 @@ fn a_vm_started_again_has_a_higher_incarnation() {
     story.extend([RecordV1::EnvironmentEnds(name.clone()), RecordV1::EnvironmentGone(name.clone())]);
     let gone = replayed(&story);
     assert!(gone.vms.is_empty() && gone.ended.contains(&"alpha-c1".parse().unwrap()));
+    assert!(gone.is_owed(&"alpha-c1".parse().unwrap(), &"h2".parse().unwrap()));
+    story.push(RecordV1::VmStopped { vm: "alpha-c1".parse().unwrap(), host: "h2".parse().unwrap() });
+    assert!(!replayed(&story).to_stop.contains_key(&"alpha-c1".parse().unwrap()));
 
     story.push(RecordV1::EnvironmentBegins(Box::new(environment())));
     let state = replayed(&story);

@@ -90,6 +90,14 @@ fn admit(
     spec: &EnvironmentSpec,
     placement: &BTreeMap<String, HostId>,
 ) -> Result<crate::place::Placed, String> {
+    for node in spec.nodes().map_err(|error| error.to_string())? {
+        let Some(host) = world.state.to_stop.get(&node.vm).and_then(|hosts| hosts.first()) else { continue };
+        let what = match world.connection(host) {
+            Some(_) => format!("on {host}, which has not stopped it yet; try again in a moment"),
+            None => format!("on {host}, whose monitor is away; bring it back, or choose another name"),
+        };
+        return Err(format!("{} of an ended environment may still run {what}", node.vm));
+    }
     let taken = world.state.environments.iter().map(|(name, known)| (name.clone(), known.stored.spec.network.vni)).collect();
     let snapshot = world.snapshot(clock::now(), &shared.config);
     place(&snapshot, &taken, spec, placement).map_err(|refusal| refusal.to_string())
@@ -159,9 +167,13 @@ async fn start_all(
 
 /// Ends an environment. What is on a host that is away is ended when that host comes back.
 pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> Result<(), String> {
-    quiet(shared).await?;
-    let (vms, access, vni, hosts) = {
+    let (vms, access, vni, hosts) = loop {
+        quiet(shared).await?;
         let mut world = shared.world();
+        // A plan may have begun since: its VMs would be looked for where they no longer are.
+        if !world.state.unfinished.is_empty() {
+            continue;
+        }
         let Some(known) = world.state.environments.get(name) else {
             return Err(unknown(name, world.state.environments.keys()));
         };
@@ -176,7 +188,7 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
             .filter(|(_, known)| known.environment == *name)
             .map(|(vm, known)| (vm.clone(), known.host.clone()))
             .collect();
-        (vms, access, vni, world.connected())
+        break (vms, access, vni, world.connected());
     };
     if let Some(host) = access {
         let close = Command::AccessClose { environment: name.clone() };
@@ -189,7 +201,8 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
         let shared = Arc::clone(shared);
         stopping.spawn(async move {
             let answer = ask(&shared, &host, &Command::Stop { vm: vm.clone() }, SHORT, |_, _| {}).await;
-            answer.map(|_| ()).map_err(|error| format!("{vm} was not stopped on {host}: {error}"))
+            let stopped = answer.map_err(|error| format!("{vm} was not stopped on {host}: {error}"));
+            stopped.and_then(|_| shared.record(&mut shared.world(), RecordV1::VmStopped { vm, host }))
         });
     }
     let mut left = Vec::new();
@@ -206,7 +219,7 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
         }
     }
     for failed in &left {
-        words.say(format!("{failed}; it is stopped as soon as its monitor is back"));
+        words.say(format!("{failed}; it is stopped as soon as its monitor is back, and none of its name starts before that"));
     }
     let mut world = shared.world();
     shared.record(&mut world, RecordV1::EnvironmentGone(name.clone()))?;

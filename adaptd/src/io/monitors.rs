@@ -114,17 +114,23 @@ fn take(shared: &Arc<Shared>, host: &HostId, report: Report) {
     match report {
         Report::Hello(_) => tracing::warn!(%host, "a second HELLO: ignored"),
         Report::Vm(seen) => see(&mut world, &seen.vm, seen.state),
-        Report::Observation(observation) => {
+        Report::Observation(mut observation) => {
             for sample in &observation.vms {
                 see(&mut world, &sample.vm, sample.state);
             }
             let stray = observation.vms.iter().any(|sample| reconcile::is_stray(&world, host, &sample.vm, sample.state));
-            if stray && reconcile::is_due(&mut world, host, clock::now()) {
+            if (stray || reconcile::is_owed(&world, host)) && reconcile::is_due(&mut world, host, clock::now()) {
                 tokio::spawn(reconcile::host(Arc::clone(shared), host.clone()));
             }
             for missing in &observation.missing {
                 tracing::debug!(%host, "not observed: {missing}");
             }
+            world.twice.retain(|vm, second| second != host || observation.vms.iter().any(|sample| sample.vm == *vm));
+            // What runs where it should not says nothing of the VM that is meant.
+            let state = &world.state;
+            observation.vms.retain(|sample| {
+                state.vms.get(&sample.vm).is_some_and(|known| known.host == *host) || state.moving_to(&sample.vm) == Some(host)
+            });
             world.observer.take(clock::now(), host, observation, &shared.config.policy);
         }
     }

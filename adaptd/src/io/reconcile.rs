@@ -1,9 +1,9 @@
 //! After a HELLO: what runs there and what the journal says are brought together. No VM runs twice, none is left behind.
 
-use crate::io::environments;
 use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
-use crate::records::{Life, RecordV1};
+use crate::io::{clock, environments};
+use crate::records::{KnownVm, Life, RecordV1, State};
 use std::sync::Arc;
 use std::time::Duration;
 use violin_common::control::monitor::{Answer, Command, VmSeen, VmState};
@@ -21,6 +21,17 @@ pub fn is_stray(world: &World, host: &HostId, vm: &VmId, state: VmState) -> bool
             known.host != *host && matches!(state, VmState::Arriving | VmState::Running) && world.state.moving_to(vm).is_none()
         }
     }
+}
+
+/// Whether a host has yet to say that VMs of ended environments are stopped.
+pub fn is_owed(world: &World, host: &HostId) -> bool {
+    owed(world, host).next().is_some()
+}
+
+/// Those VMs; what is only being ended now is stopped by whoever ends it.
+fn owed<'a>(world: &'a World, host: &'a HostId) -> impl Iterator<Item = &'a VmId> {
+    let State { to_stop, vms, .. } = &world.state;
+    to_stop.iter().filter(|(vm, hosts)| hosts.contains(host) && !vms.contains_key(*vm)).map(|(vm, _)| vm)
 }
 
 /// Whether a host may be compared with the journal again; remembers that it is.
@@ -43,9 +54,25 @@ pub async fn host(shared: Arc<Shared>, host: HostId) {
         }
     };
     for command in settle(&shared, &host, &list) {
+        if let Command::Stop { vm } = &command
+            && !shared.world().state.ended.contains(vm)
+        {
+            // Stopped and started anew meanwhile.
+            continue;
+        }
         tracing::info!(%host, ?command, "clearing up what an earlier plan left");
-        if let Err(error) = ask(&shared, &host, &command, SHORT, |_, _| {}).await {
-            tracing::warn!(%host, "not cleared up: {error}");
+        match (ask(&shared, &host, &command, SHORT, |_, _| {}).await, &command) {
+            (Ok(_), Command::Stop { vm }) => {
+                let mut world = shared.world();
+                if world.state.is_owed(vm, &host) {
+                    let stopped = RecordV1::VmStopped { vm: vm.clone(), host: host.clone() };
+                    if let Err(words) = shared.record(&mut world, stopped) {
+                        tracing::error!("{words}");
+                    }
+                }
+            }
+            (Ok(_), _) => {}
+            (Err(error), _) => tracing::warn!(%host, "not cleared up: {error}"),
         }
     }
     shared.changed();
@@ -53,9 +80,15 @@ pub async fn host(shared: Arc<Shared>, host: HostId) {
 
 fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
     let mut world = shared.world();
-    let mut commands = Vec::new();
+    let now = clock::now();
+    // Also those not listed: one may be about to start.
+    let mut commands: Vec<_> = owed(&world, host).map(|vm| Command::Stop { vm: vm.clone() }).collect();
+    world.twice.retain(|_, second| second != host);
     for seen in list {
         let vm = &seen.vm;
+        if world.state.is_owed(vm, host) && !world.state.vms.contains_key(vm) {
+            continue;
+        }
         let Some(known) = world.state.vms.get(vm) else {
             if world.state.ended.contains(vm) {
                 commands.push(Command::Stop { vm: vm.clone() });
@@ -72,6 +105,14 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
             // The executor asks both ends itself.
             _ if moving => {}
             VmState::Arriving if elsewhere => commands.push(Command::CancelIncoming { vm: vm.clone() }),
+            VmState::Running if elsewhere && runs_where_known(&world, vm, known, now, shared.config.policy.max_age.0) => {
+                tracing::error!(
+                    "{vm} runs on {host} and on {}, where the journal has it: its disk and its address are used twice; \
+                     look which of the two is right and end the other one on its host",
+                    known.host
+                );
+                world.twice.insert(vm.clone(), host.clone());
+            }
             VmState::Running if elsewhere => {
                 tracing::warn!(%host, %vm, "runs there, the journal has it on {}: taking note", known.host);
                 let found = RecordV1::VmFound { vm: vm.clone(), host: host.clone() };
@@ -96,6 +137,14 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
         world.seen.insert(vm, (host.clone(), VmState::Stopped));
     }
     commands
+}
+
+/// Whether a VM is known to run on the host that the journal has it on.
+fn runs_where_known(world: &World, vm: &VmId, known: &KnownVm, now: Instant, max_age: Duration) -> bool {
+    let seen = world.seen.get(vm).is_some_and(|(at, state)| *at == known.host && *state == VmState::Running);
+    // Seen, but not observed for long: it has left, as by a hand's move.
+    let fresh = world.observer.vm(vm).is_none_or(|figures| figures.host != known.host || now.since(figures.at) <= max_age);
+    seen && fresh && world.connection(&known.host).is_some()
 }
 
 /// After a restart: environments that were being started or ended are ended, as soon as their hosts are there.

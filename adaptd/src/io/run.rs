@@ -91,7 +91,9 @@ fn once(shared: &Arc<Shared>, world: &mut World, now: Instant) -> Result<(), Str
     }
     let snapshot = world.snapshot(now, &shared.config);
     let stamp = stamp(shared, world);
-    let thought = cycle(now, &snapshot, &shared.config.policy, &mut world.settling, stamp);
+    let mut thought = cycle(now, &snapshot, &shared.config.policy, &mut world.settling, stamp);
+    let twice = world.twice.iter().map(|(vm, second)| Refusal::RunsTwice { vm: vm.clone(), second: second.clone() });
+    thought.thought.refusals.extend(twice);
     world.refusals.clone_from(&thought.thought.refusals);
     tracing::debug!("{}", thought.thought.before);
     match &thought.decision {

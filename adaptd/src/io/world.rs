@@ -43,6 +43,8 @@ pub struct World {
     pub hosts: BTreeMap<HostId, KnownHost>,
     /// How each VM was last seen, and where.
     pub seen: BTreeMap<VmId, (HostId, VmState)>,
+    /// VMs that run on a second host too, and which that is.
+    pub twice: BTreeMap<VmId, HostId>,
     /// What the last cycle refused.
     pub refusals: Vec<Refusal>,
     /// What was last written of that.
@@ -79,6 +81,7 @@ impl Shared {
             mode,
             hosts: BTreeMap::new(),
             seen: BTreeMap::new(),
+            twice: BTreeMap::new(),
             refusals: Vec::new(),
             refusals_written: (BTreeSet::new(), Instant(0)),
         };
@@ -165,10 +168,13 @@ impl World {
         if let Some(to) = self.state.moving_to(vm) {
             return Doing::Moving(to.clone());
         }
+        if self.twice.contains_key(vm) {
+            return Doing::Booting;
+        }
         match (life, self.seen.get(vm).map(|(_, state)| *state)) {
             (Some(Life::Up), Some(VmState::Running)) => Doing::Running,
             (Some(Life::Up | Life::Ending), Some(VmState::Stopped | VmState::Paused)) => Doing::Halted,
-            // Starting, being ended, or not seen yet: its cores are spoken for, and it is left alone.
+            // Starting, being ended, not seen yet or (above) running twice: its cores are spoken for, and it is left alone.
             _ => Doing::Booting,
         }
     }

@@ -123,6 +123,14 @@ pub enum Refusal {
         /// What is still changing.
         why: String,
     },
+    /// A VM runs on two hosts: a fault that only its operator can undo.
+    #[error("{vm} is not moved: it runs on {second} too; look which of the two is right and end the other one on its host")]
+    RunsTwice {
+        /// Which.
+        vm: VmId,
+        /// The host the journal does not have it on.
+        second: HostId,
+    },
 }
 
 /// All a policy thought in one cycle.

@@ -98,7 +98,7 @@ impl Deployment {
         deployment
     }
 
-    fn connected(&self) -> usize {
+    pub(crate) fn connected(&self) -> usize {
         match self.ask_blocking(&AdaptRequest::HostList) {
             Ok(AdaptReply::Hosts(hosts)) => hosts.iter().filter(|host| host.connected && host.age_s.is_some()).count(),
             _ => 0,
@@ -169,11 +169,16 @@ impl Deployment {
 
     /// Starts an environment from its shipped file.
     pub(crate) async fn up(&self, name: &str, placement: &[(&str, &str)]) {
+        let answer = self.try_up(name, placement).await;
+        assert_eq!(answer, Ok(AdaptReply::Done), "{}", self.log());
+    }
+
+    /// The same, where it may be refused.
+    pub(crate) async fn try_up(&self, name: &str, placement: &[(&str, &str)]) -> Result<AdaptReply, String> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/environments/{name}.toml"));
         let spec = violin_common::config::environment::EnvironmentSpec::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
         let placement = placement.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
-        let answer = self.ask(AdaptRequest::EnvUp { spec, placement, image: None }).await;
-        assert_eq!(answer, Ok(AdaptReply::Done), "{}", self.log());
+        self.ask(AdaptRequest::EnvUp { spec, placement, image: None }).await
     }
 
     pub(crate) fn busy(&self, vms: &[&str]) {

@@ -5,6 +5,7 @@ mod deployment;
 use deployment::Deployment;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, Event, Mode, Outcome};
 use violin_common::config::environment::EnvironmentSpec;
+use violin_common::control::monitor::VmState;
 
 const ALPHA: [(&str, &str); 5] = [("head", "h1"), ("c1", "h1"), ("c2", "h1"), ("c3", "h2"), ("c4", "h2")];
 const BETA: [(&str, &str); 5] = [("head", "h2"), ("c1", "h1"), ("c2", "h1"), ("c3", "h1"), ("c4", "h1")];
@@ -321,6 +322,58 @@ async fn an_environment_half_started_by_a_killed_manager_is_ended() {
         .await;
 
     let _ = asking.await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_could_not_be_stopped_is_not_started_a_second_time() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &[("c1", "h3")]).await;
+    deployment.kill_monitor("h3");
+    let down = AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() };
+    deployment.ask(down).await.unwrap();
+    // Also after a restart: it is on record.
+    deployment.kill();
+    deployment.start();
+    deployment.until("the others are back", |deployment| deployment.connected() == 2).await;
+
+    let words = deployment.try_up("alpha", &[("c1", "h1")]).await.unwrap_err();
+
+    assert!(words.contains("alpha-c1") && words.contains("h3, whose monitor is away"), "{words}");
+    assert_eq!(deployment.running("alpha-c1"), ["h3"]);
+    deployment.start_monitor("h3");
+    deployment.until("it is stopped", |deployment| deployment.log().contains("clearing up")).await;
+    deployment.until("it is gone", |deployment| deployment.running("alpha-c1").is_empty()).await;
+    let mut answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
+    while answer.as_ref().is_err_and(|words| words.contains("try again in a moment")) {
+        answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
+    }
+    assert_eq!(answer, Ok(AdaptReply::Done));
+    assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_runs_twice_is_told_and_stays_on_record_where_it_was() {
+    let deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    let vm: violin_common::VmId = "alpha-c1".parse().unwrap();
+
+    deployment.table.lock().unwrap().vms.get_mut(&"h3".parse().unwrap()).unwrap().insert(vm.clone(), (VmState::Running, false));
+    deployment
+        .until("it is told", |deployment| match deployment.ask_blocking(&AdaptRequest::Why { vm: vm.clone() }) {
+            Ok(AdaptReply::Words(words)) => words.contains("alpha-c1 is on h1") && words.contains("it runs on h3 too"),
+            _ => false,
+        })
+        .await;
+
+    assert!(deployment.log().contains("alpha-c1 runs on h3 and on h1"), "{}", deployment.log());
+    deployment.table.lock().unwrap().vms.get_mut(&"h3".parse().unwrap()).unwrap().remove(&vm);
+    deployment
+        .until("it is no longer told", |deployment| match deployment.ask_blocking(&AdaptRequest::Why { vm: vm.clone() }) {
+            Ok(AdaptReply::Words(words)) => words.contains("alpha-c1 is on h1") && !words.contains("The last cycle refused"),
+            _ => false,
+        })
+        .await;
+    assert!(!deployment.log().contains("taking note"), "{}", deployment.log());
 }
 
 #[tokio::test(flavor = "multi_thread")]
