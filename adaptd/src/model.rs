@@ -27,7 +27,7 @@ pub struct Host {
     pub domain: DomainId,
     /// Declared cores.
     pub cores: f64,
-    /// Memory for guests, in MiB.
+    /// Memory for guests, in MiB: as declared, or less when the host has less.
     pub memory_mib: u64,
     /// Driver of its hypervisor; VMs move between equal ones only.
     pub driver: String,

@@ -134,7 +134,7 @@ impl World {
             let host = Host {
                 domain: hello.domain.clone(),
                 cores: hello.cores,
-                memory_mib: hello.memory_mib,
+                memory_mib: self.memory_mib(name, hello.memory_mib),
                 driver: hello.driver.clone(),
                 standing,
             };
@@ -145,7 +145,8 @@ impl World {
             (name.clone(), Environment { home: known.stored.home.clone(), rested })
         });
         let vms = self.state.vms.iter().map(|(name, known)| {
-            let figures = self.observer.vm(name);
+            // Those of now and of here: a monitor whose hypervisor is dead goes on reporting, without its VMs.
+            let figures = self.observer.vm(name).filter(|figures| figures.is_current(now, &known.host, policy));
             let life = self.state.environments.get(&known.environment).map(|environment| environment.life);
             let vm = Vm {
                 environment: known.environment.clone(),
@@ -162,6 +163,15 @@ impl World {
             (name.clone(), vm)
         });
         Snapshot { hosts: hosts.collect(), vms: vms.collect(), environments: environments.collect() }
+    }
+
+    /// What a host can hold, in MiB: what it declared, or what its VMs were promised and what is really free beside them.
+    fn memory_mib(&self, host: &HostId, declared: u64) -> u64 {
+        let Some(figures) = self.observer.host(host) else { return declared };
+        // A monitor counts what arrives as promised, so it is counted here too.
+        let held = self.state.vms.iter().filter(|(vm, known)| known.host == *host || self.state.moving_to(vm) == Some(host));
+        let held: u64 = held.map(|(_, known)| known.spec.memory_mib).sum();
+        declared.min(held.saturating_add(figures.last.host.memory_free_mib))
     }
 
     fn doing(&self, vm: &VmId, life: Option<Life>) -> Doing {

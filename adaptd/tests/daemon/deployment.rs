@@ -26,6 +26,10 @@ pub(crate) struct Table {
     pub(crate) vms: BTreeMap<HostId, BTreeMap<VmId, (VmState, bool)>>,
     /// Demand of a VM; 0.02 if not here.
     pub(crate) demand: BTreeMap<VmId, f64>,
+    /// Memory really free on a host; 4096 if not here.
+    pub(crate) memory_free_mib: BTreeMap<HostId, u64>,
+    /// Hosts that observe none of their VMs.
+    pub(crate) blind: BTreeSet<HostId>,
     /// Commands held: (host, kind). They wait until they are taken out.
     pub(crate) held: BTreeSet<(String, String)>,
     /// Commands that arrived while held.
@@ -320,11 +324,13 @@ async fn monitor(host: HostId, domain: String, cores: f64, tls: Tls, manager: So
 
 fn observe(host: &HostId, table: &Mutex<Table>) -> Observation {
     let table = table.lock().unwrap();
-    let vms = table.vms[host].iter().map(|(vm, (state, _))| {
+    let seen = table.vms[host].iter().filter(|_| !table.blind.contains(host));
+    let vms = seen.map(|(vm, (state, _))| {
         let demand = table.demand.get(vm).copied().unwrap_or(0.02);
         VmSample { vm: vm.clone(), state: *state, run: demand, wait: 0.0, demand, memory_mib: 256, net_in: 0.0, net_out: 0.0 }
     });
-    let sample = HostSample { guest_cores: 0.0, memory_free_mib: 0, cpu_pressure: None, memory_pressure: None };
+    let memory_free_mib = table.memory_free_mib.get(host).copied().unwrap_or(4096);
+    let sample = HostSample { guest_cores: 0.0, memory_free_mib, cpu_pressure: None, memory_pressure: None };
     Observation { at: Instant(0), host: sample, vms: vms.collect(), traffic: Vec::new(), missing: Vec::new() }
 }
 

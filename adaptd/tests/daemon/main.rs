@@ -377,6 +377,38 @@ async fn a_vm_that_runs_twice_is_told_and_stays_on_record_where_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_host_takes_no_vm_for_which_it_has_no_memory_really_free() {
+    let deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+
+    deployment.table.lock().unwrap().memory_free_mib.insert("h3".parse().unwrap(), 255);
+    deployment
+        .until("it is known", |deployment| match deployment.ask_blocking(&AdaptRequest::HostList) {
+            Ok(AdaptReply::Hosts(hosts)) => hosts.iter().any(|host| host.memory_free_mib == 255),
+            _ => false,
+        })
+        .await;
+    let migrate = AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h3".parse().unwrap() };
+    let words = deployment.ask(migrate).await.unwrap_err();
+
+    assert!(words.contains("h3 would hold 256 MiB of 255 MiB"), "{words}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn demand_that_is_no_longer_observed_is_not_believed() {
+    let deployment = crowded("dry-run").await;
+    let score = |deployment: &Deployment| match deployment.ask_blocking(&AdaptRequest::HostList) {
+        Ok(AdaptReply::Hosts(hosts)) => hosts.iter().find(|host| host.host.as_str() == "h1").map(|host| host.score),
+        _ => None,
+    };
+    deployment.until("h1 is crowded", |deployment| score(deployment).is_some_and(|score| score > 1.0)).await;
+
+    deployment.table.lock().unwrap().blind.insert("h1".parse().unwrap());
+
+    deployment.until("nothing is known of its VMs", |deployment| score(deployment) == Some(0.0)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_moved_is_refused_in_words() {
     let deployment = Deployment::new("act").await;
     deployment.up("alpha", &ALPHA).await;
