@@ -140,7 +140,8 @@ fn take(shared: &Arc<Shared>, host: &HostId, report: Report) {
     }
 }
 
-/// Asks a host's monitor and waits for its answer; `progress` hears what it says meanwhile.
+/// Asks a host's monitor and waits for its answer; `progress` hears what it says meanwhile. `limit`: longest silence; what
+/// is told as progress starts it anew.
 pub async fn ask(
     shared: &Shared,
     host: &HostId,
@@ -152,20 +153,21 @@ pub async fn ask(
         return Err(AskError::Lost(format!("the monitor of {host} is not connected")));
     };
     let lost = |error: &dyn std::fmt::Display| AskError::Lost(format!("the monitor of {host} was lost: {error}"));
-    let conversation = async {
-        let (mut send, mut recv) = connection.open_bi().await.map_err(|error| lost(&error))?;
+    let silent = |_| AskError::Lost(format!("the monitor of {host} said nothing for {limit:?}"));
+    let asking = async {
+        let (mut send, recv) = connection.open_bi().await.map_err(|error| lost(&error))?;
         frame::send(&mut send, command).await.map_err(|error| lost(&error))?;
         let _ = send.finish();
-        loop {
-            match frame::recv::<Answer>(&mut recv).await {
-                Ok(Some(Answer::Progress { part, doing })) => progress(part, &doing),
-                Ok(Some(Answer::Failed(words))) => return Err(AskError::Refused(words)),
-                Ok(Some(answer)) => return Ok(answer),
-                Ok(None) => return Err(lost(&"it ended the stream without an answer")),
-                Err(error) => return Err(lost(&error)),
-            }
-        }
+        Ok::<_, AskError>(recv)
     };
-    let answer = tokio::time::timeout(limit, conversation).await;
-    answer.unwrap_or_else(|_| Err(AskError::Lost(format!("the monitor of {host} did not answer within {limit:?}"))))
+    let mut recv = tokio::time::timeout(limit, asking).await.map_err(silent)??;
+    loop {
+        match tokio::time::timeout(limit, frame::recv::<Answer>(&mut recv)).await.map_err(silent)? {
+            Ok(Some(Answer::Progress { part, doing })) => progress(part, &doing),
+            Ok(Some(Answer::Failed(words))) => return Err(AskError::Refused(words)),
+            Ok(Some(answer)) => return Ok(answer),
+            Ok(None) => return Err(lost(&"it ended the stream without an answer")),
+            Err(error) => return Err(lost(&error)),
+        }
+    }
 }
