@@ -185,6 +185,15 @@ pub struct Unfinished {
     pub steps: BTreeMap<u64, u32>,
 }
 
+/// What plans are about: the goal that may fail again and again.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Goal {
+    /// A VM on a host.
+    Vm(VmId, HostId),
+    /// An environment's compute nodes in a domain.
+    Gang(EnvironmentId, DomainId),
+}
+
 /// What the records add up to.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct State {
@@ -204,6 +213,8 @@ pub struct State {
     pub migrations: BTreeMap<u64, Migration>,
     /// The plan under way.
     pub unfinished: BTreeMap<u64, Unfinished>,
+    /// Goals that were missed: how many times in a row, and when last.
+    pub missed: BTreeMap<Goal, (u32, Instant)>,
     /// Highest plan number.
     pub plans: u64,
     /// Highest incarnation of every owned MAC ever started.
@@ -221,6 +232,7 @@ impl State {
                 let past = |moved: &mut Option<Instant>| *moved = moved.filter(|moved| moved <= at);
                 self.vms.values_mut().for_each(|vm| past(&mut vm.moved));
                 self.environments.values_mut().for_each(|environment| past(&mut environment.moved));
+                self.missed.values_mut().for_each(|(_, last)| *last = (*last).min(*at));
             }
             RecordV1::EnvironmentBegins(stored) => self.begin(stored),
             RecordV1::VmStarts { vm, epoch } => {
@@ -249,6 +261,11 @@ impl State {
             RecordV1::EnvironmentGone(name) => {
                 self.environments.remove(name);
                 self.vms.retain(|_, vm| vm.environment != *name);
+                let Self { vms, environments, missed, .. } = self;
+                missed.retain(|goal, _| match goal {
+                    Goal::Vm(vm, _) => vms.contains_key(vm),
+                    Goal::Gang(environment, _) => environments.contains_key(environment),
+                });
             }
             RecordV1::VmFound { vm, host } => {
                 if let Some(vm) = self.vms.get_mut(vm) {
@@ -285,6 +302,7 @@ impl State {
             RecordV1::MoveEnded(migration) => self.move_ended(migration),
             RecordV1::PlanEnded { plan } => {
                 if let Some(ended) = self.unfinished.remove(plan) {
+                    self.count_missed(&ended.plan);
                     let at = ended.plan.moves.iter().filter_map(|moved| self.migrations.get(&moved.migration)?.ended).max();
                     if let Some(environment) = ended.plan.gang.and_then(|name| self.environments.get_mut(&name)) {
                         environment.moved = at.or(environment.moved);
@@ -324,6 +342,25 @@ impl State {
             }
         }
         self.migrations.insert(migration.number, migration.clone());
+    }
+
+    fn count_missed(&mut self, plan: &Plan) {
+        let moves: Vec<_> = plan.moves.iter().filter_map(|moved| self.migrations.get(&moved.migration)).collect();
+        let Some(first) = moves.first() else { return };
+        let goal = match &plan.gang {
+            Some(environment) => Goal::Gang(environment.clone(), first.to_domain.clone()),
+            None => Goal::Vm(first.vm.clone(), first.to.clone()),
+        };
+        let last = moves.iter().filter(|seen| seen.outcome != Outcome::Done).map(|seen| seen.ended.unwrap_or(Instant(0))).max();
+        match last {
+            None => {
+                self.missed.remove(&goal);
+            }
+            Some(last) => {
+                let count = self.missed.get(&goal).map_or(0, |(count, _)| *count).saturating_add(1);
+                self.missed.insert(goal, (count, last));
+            }
+        }
     }
 
     /// Epoch with which a VM is to be started next.

@@ -108,6 +108,24 @@ fn an_undone_move_leaves_the_vm_at_its_source_and_lets_it_rest() {
 }
 
 #[test]
+fn moves_undone_in_a_row_are_counted_until_one_is_done() {
+    let missed = |ends: &[Outcome]| {
+        let mut story = story()[..4].to_vec();
+        for outcome in ends {
+            let begins = RecordV1::PlanBegins { plan: Box::new(plan()), migrations: vec![migration(1, Outcome::Running, None)] };
+            let ended = RecordV1::MoveEnded(Box::new(migration(1, outcome.clone(), Some(Instant(9)))));
+            story.extend([begins, ended, RecordV1::PlanEnded { plan: 1 }]);
+        }
+        replayed(&story).missed.into_values().collect::<Vec<_>>()
+    };
+    let undone = || Outcome::Undone("no".into());
+
+    assert_eq!(missed(&[undone(), undone()]), [(2, Instant(9))]);
+    assert_eq!(missed(&[undone(), undone(), Outcome::Done]), []);
+    assert_eq!(missed(&[undone(), Outcome::Done, undone()]), [(1, Instant(9))]);
+}
+
+#[test]
 fn a_vm_started_again_has_a_higher_incarnation() {
     let mut story = story();
     let name: violin_common::EnvironmentId = "alpha".parse().unwrap();

@@ -2,10 +2,10 @@
 
 use crate::cycle::Settling;
 use crate::io::journal::Journal;
-use crate::model::{Doing, Environment, Host, Snapshot, Standing, Vm};
+use crate::model::{Doing, Environment, Failed, Host, Snapshot, Standing, Vm};
 use crate::observe::Observer;
 use crate::policy::Refusal;
-use crate::records::{Life, Record, RecordV1, State};
+use crate::records::{Goal, Life, Record, RecordV1, State};
 use crate::score::high_count;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -142,13 +142,28 @@ impl World {
         });
         let environments = self.state.environments.iter().map(|(name, known)| {
             let rested = known.moved.map(|moved| now.since(moved));
-            (name.clone(), Environment { home: known.stored.home.clone(), rested })
+            let mut environment = Environment { home: known.stored.home.clone(), rested, failed: BTreeMap::new() };
+            for (goal, (count, last)) in &self.state.missed {
+                if let Goal::Gang(missed, domain) = goal
+                    && missed == name
+                {
+                    environment.failed.insert(domain.clone(), Failed { count: *count, since: now.since(*last) });
+                }
+            }
+            (name.clone(), environment)
         });
         let vms = self.state.vms.iter().map(|(name, known)| {
             // Those of now and of here: a monitor whose hypervisor is dead goes on reporting, without its VMs.
             let figures = self.observer.vm(name).filter(|figures| figures.is_current(now, &known.host, policy));
             let life = self.state.environments.get(&known.environment).map(|environment| environment.life);
+            let failed = self.state.missed.iter().filter_map(|(goal, (count, last))| match goal {
+                Goal::Vm(missed, host) if missed == name => {
+                    Some((host.clone(), Failed { count: *count, since: now.since(*last) }))
+                }
+                _ => None,
+            });
             let vm = Vm {
+                failed: failed.collect(),
                 environment: known.environment.clone(),
                 role: known.spec.role,
                 vcpus: known.spec.vcpus,

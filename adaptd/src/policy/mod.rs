@@ -4,6 +4,7 @@ pub mod violin;
 
 use crate::score::Score;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 use violin_common::{DomainId, EnvironmentId, HostId, VmId};
 
 /// One VM to another host.
@@ -56,6 +57,16 @@ pub enum Refusal {
     EnvironmentCoolingDown {
         /// Which.
         environment: EnvironmentId,
+    },
+    /// The same move was undone before: it is tried less and less often.
+    #[error("{what} was undone {count} times in a row; it is tried again {wait:?} after the last time")]
+    FailedBefore {
+        /// The move, in words.
+        what: String,
+        /// How often.
+        count: u32,
+        /// From the end of the last one.
+        wait: Duration,
     },
     /// A VM cannot be moved now.
     #[error("{vm} cannot be moved now: {why}")]
