@@ -166,8 +166,13 @@ pub async fn leftovers(shared: Arc<Shared>) {
             }
         };
         let _ = tokio::time::timeout(SHORT, all_there).await;
-        if let Err(words) = environments::down(&shared, &environment, &environments::Words::default()).await {
-            tracing::warn!(%environment, "not ended: {words}");
+        // As long as it is there the policy does nothing at all: it must go, however long that takes.
+        while let Err(words) = environments::down(&shared, &environment, &environments::Words::default()).await {
+            if !shared.world().state.environments.contains_key(&environment) {
+                break;
+            }
+            tracing::warn!(%environment, "not ended, trying again: {words}");
+            tokio::time::sleep(AGAIN).await;
         }
     }
 }

@@ -134,6 +134,14 @@ pub enum Refusal {
         /// What is still changing.
         why: String,
     },
+    /// An environment is being started or ended.
+    #[error("nothing is decided: {environment} is being {doing}")]
+    Busy {
+        /// Which.
+        environment: EnvironmentId,
+        /// `started` or `ended`.
+        doing: &'static str,
+    },
     /// A VM runs on two hosts: a fault that only its operator can undo.
     #[error("{vm} is not moved: it runs on {second} too; look which of the two is right and end the other one on its host")]
     RunsTwice {

@@ -308,6 +308,15 @@ async fn an_environment_half_started_by_a_killed_manager_is_ended() {
     let request = AdaptRequest::EnvUp { spec, placement, image: None };
     let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
     deployment.until_reached("h2", "start").await;
+    // Meanwhile the policy is off, and says so.
+    deployment
+        .until("it is told", |deployment| match deployment.ask_blocking(&AdaptRequest::DecisionList { last: 9 }) {
+            Ok(AdaptReply::Decisions(list)) => {
+                list.iter().any(|seen| seen.refusals == ["nothing is decided: alpha is being started"])
+            }
+            _ => false,
+        })
+        .await;
 
     deployment.kill();
     deployment.release();
