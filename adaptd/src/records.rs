@@ -11,6 +11,9 @@ use violin_common::config::environment::{EnvironmentSpec, Node};
 use violin_common::control::monitor::{ImageDigest, VmSpec};
 use violin_common::{DomainId, EnvironmentId, Epoch, HostId, Instant, MacAddr, VmId, Vni};
 
+/// Most decisions, and most migrations of ended plans, held in memory; the journal holds all.
+pub const KEPT: usize = 1000;
+
 /// One line of the journal, versioned.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Record {
@@ -207,9 +210,9 @@ pub struct State {
     pub ended: BTreeSet<VmId>,
     /// Those of them that may still run, and the hosts whose monitors have not said yet that they are stopped there.
     pub to_stop: BTreeMap<VmId, BTreeSet<HostId>>,
-    /// Decisions, oldest first.
+    /// The last [`KEPT`] decisions, oldest first.
     pub decisions: Vec<DecisionSeen>,
-    /// Migrations by number.
+    /// Migrations by number: all that are under way, and the last [`KEPT`].
     pub migrations: BTreeMap<u64, Migration>,
     /// The plan under way.
     pub unfinished: BTreeMap<u64, Unfinished>,
@@ -233,6 +236,11 @@ impl State {
                 self.vms.values_mut().for_each(|vm| past(&mut vm.moved));
                 self.environments.values_mut().for_each(|environment| past(&mut environment.moved));
                 self.missed.values_mut().for_each(|(_, last)| *last = (*last).min(*at));
+                // What such a plan has moved already ended before this start; a later time would rest for ever.
+                let Self { unfinished, migrations, .. } = self;
+                for seen in migrations.values_mut().filter(|seen| unfinished.values().any(|plan| plan.has(seen.number))) {
+                    seen.ended = seen.ended.map(|ended| ended.min(*at));
+                }
             }
             RecordV1::EnvironmentBegins(stored) => self.begin(stored),
             RecordV1::VmStarts { vm, epoch } => {
@@ -278,7 +286,11 @@ impl State {
                 }
                 self.to_stop.retain(|_, hosts| !hosts.is_empty());
             }
-            RecordV1::Decided { decision, .. } => self.decisions.push((**decision).clone()),
+            RecordV1::Decided { decision, .. } => {
+                self.decisions.push((**decision).clone());
+                let excess = self.decisions.len().saturating_sub(KEPT);
+                self.decisions.drain(..excess);
+            }
             RecordV1::PlanBegins { plan, migrations } => {
                 self.plans = self.plans.max(plan.number);
                 self.migrations.extend(migrations.iter().map(|migration| (migration.number, migration.clone())));
@@ -304,6 +316,7 @@ impl State {
                 if let Some(ended) = self.unfinished.remove(plan) {
                     self.count_missed(&ended.plan);
                     let at = ended.plan.moves.iter().filter_map(|moved| self.migrations.get(&moved.migration)?.ended).max();
+                    self.forget_old_migrations();
                     if let Some(environment) = ended.plan.gang.and_then(|name| self.environments.get_mut(&name)) {
                         environment.moved = at.or(environment.moved);
                     }
@@ -342,6 +355,16 @@ impl State {
             }
         }
         self.migrations.insert(migration.number, migration.clone());
+    }
+
+    /// Those of unfinished plans are needed however old they are.
+    fn forget_old_migrations(&mut self) {
+        let excess = self.migrations.len().saturating_sub(KEPT);
+        let over = |(number, seen): &(&u64, &Migration)| {
+            seen.outcome != Outcome::Running && !self.unfinished.values().any(|unfinished| unfinished.has(**number))
+        };
+        let old: Vec<u64> = self.migrations.iter().filter(over).map(|(number, _)| *number).take(excess).collect();
+        self.migrations.retain(|number, _| !old.contains(number));
     }
 
     fn count_missed(&mut self, plan: &Plan) {

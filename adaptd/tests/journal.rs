@@ -1,11 +1,11 @@
 //! What the journal's records add up to, read again from bytes.
 
 use adaptd::io::journal::Journal;
-use adaptd::plan::{Origin, Plan, planned};
+use adaptd::plan::{Origin, Plan, PlannedMove, planned};
 use adaptd::policy::Move;
-use adaptd::records::{Keys, Life, Record, RecordV1, State, StoredEnvironment};
+use adaptd::records::{KEPT, Keys, Life, Record, RecordV1, State, StoredEnvironment};
 use std::collections::BTreeMap;
-use violin_common::api::adapt::{Migration, Outcome};
+use violin_common::api::adapt::{DecisionSeen, Migration, Mode, Outcome};
 use violin_common::config::environment::EnvironmentSpec;
 use violin_common::control::monitor::MigrationMode;
 use violin_common::{Epoch, Instant, VmId};
@@ -169,6 +169,53 @@ fn times_of_before_a_restart_of_the_machine_do_not_count() {
     story.push(RecordV1::Generation { generation: 2, at: Instant(3) });
 
     assert_eq!(replayed(&story).vms[&"alpha-c1".parse().unwrap()].moved, None);
+}
+
+#[test]
+fn a_gang_interrupted_by_a_restart_of_the_machine_rests_no_longer_than_any() {
+    let gang = Plan { gang: Some("alpha".parse().unwrap()), ..plan() };
+    let mut story = story()[..4].to_vec();
+    story.extend([
+        RecordV1::PlanBegins { plan: Box::new(gang), migrations: vec![migration(1, Outcome::Running, None)] },
+        RecordV1::MoveEnded(Box::new(migration(1, Outcome::Done, Some(Instant(900))))),
+        RecordV1::Generation { generation: 2, at: Instant(3) },
+        RecordV1::PlanEnded { plan: 1 },
+    ]);
+
+    assert_eq!(replayed(&story).environments[&"alpha".parse().unwrap()].moved, Some(Instant(3)));
+}
+
+#[test]
+fn the_state_does_not_grow_with_every_move_and_decision() {
+    let mut state = replayed(&story()[..4]);
+    for number in 1..=2500 {
+        let decision = DecisionSeen {
+            number,
+            at: Instant(1),
+            mode: Mode::Act,
+            policy: "violin".into(),
+            moves: Vec::new(),
+            reason: String::new(),
+            terms: Vec::new(),
+            refusals: Vec::new(),
+        };
+        let plan = Plan { number, moves: vec![PlannedMove { migration: number, ..plan().moves[0].clone() }], ..plan() };
+        for record in [
+            RecordV1::Decided { decision: Box::new(decision), snapshot: String::new() },
+            RecordV1::PlanBegins { plan: Box::new(plan), migrations: vec![migration(number, Outcome::Running, None)] },
+            RecordV1::MoveEnded(Box::new(migration(number, Outcome::Done, Some(Instant(9))))),
+        ] {
+            state.apply(&Record::V1(record));
+        }
+        // The first plan is still under way.
+        if number > 1 {
+            state.apply(&Record::V1(RecordV1::PlanEnded { plan: number }));
+        }
+    }
+
+    assert_eq!((state.decisions.len(), state.migrations.len()), (KEPT, KEPT));
+    assert!(state.migrations.contains_key(&1) && !state.migrations.contains_key(&2));
+    assert_eq!((state.next_decision(), state.next_migration()), (2501, 2501));
 }
 
 #[test]
