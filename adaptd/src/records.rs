@@ -108,6 +108,13 @@ pub enum RecordV1 {
         /// Where.
         host: HostId,
     },
+    /// A host's monitor has said that the access namespace of an environment is gone there.
+    AccessClosed {
+        /// Environment.
+        environment: EnvironmentId,
+        /// Where.
+        host: HostId,
+    },
 }
 
 /// An environment as the journal keeps it.
@@ -210,6 +217,8 @@ pub struct State {
     pub ended: BTreeSet<VmId>,
     /// Those of them that may still run, and the hosts whose monitors have not said yet that they are stopped there.
     pub to_stop: BTreeMap<VmId, BTreeSet<HostId>>,
+    /// Access namespaces that may be there, also of environments that are gone, and the networks they lead into.
+    pub doors: BTreeMap<(EnvironmentId, HostId), Vni>,
     /// The last [`KEPT`] decisions, oldest first.
     pub decisions: Vec<DecisionSeen>,
     /// Migrations by number: all that are under way, and the last [`KEPT`].
@@ -325,7 +334,12 @@ impl State {
             RecordV1::AccessOpens { environment, host } => {
                 if let Some(environment) = self.environments.get_mut(environment) {
                     environment.access = Some(host.clone());
+                    let door = (environment.stored.spec.name.clone(), host.clone());
+                    self.doors.insert(door, environment.stored.spec.network.vni);
                 }
+            }
+            RecordV1::AccessClosed { environment, host } => {
+                self.doors.remove(&(environment.clone(), host.clone()));
             }
         }
     }

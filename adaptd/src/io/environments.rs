@@ -98,6 +98,14 @@ fn admit(
         };
         return Err(format!("{} of an ended environment may still run {what}", node.vm));
     }
+    let vni = spec.network.vni;
+    let ended = |environment: &EnvironmentId| !world.state.environments.contains_key(environment);
+    if let Some(((old, host), _)) = world.state.doors.iter().find(|((old, _), at)| **at == vni && ended(old)) {
+        return Err(format!(
+            "key `network.vni`: got {vni}, into which an access namespace of the ended environment {old} may still lead on \
+             {host}; bring its monitor back, or choose another network"
+        ));
+    }
     let taken = world.state.environments.iter().map(|(name, known)| (name.clone(), known.stored.spec.network.vni)).collect();
     let snapshot = world.snapshot(clock::now(), &shared.config);
     place(&snapshot, &taken, spec, placement).map_err(|refusal| refusal.to_string())
@@ -167,7 +175,7 @@ async fn start_all(
 
 /// Ends an environment. What is on a host that is away is ended when that host comes back.
 pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> Result<(), String> {
-    let (vms, access, vni, hosts) = loop {
+    let (vms, doors, vni, hosts) = loop {
         quiet(shared).await?;
         let mut world = shared.world();
         // A plan may have begun since: its VMs would be looked for where they no longer are.
@@ -177,7 +185,7 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
         let Some(known) = world.state.environments.get(name) else {
             return Err(unknown(name, world.state.environments.keys()));
         };
-        let (access, vni) = (known.access.clone(), known.stored.spec.network.vni);
+        let vni = known.stored.spec.network.vni;
         if known.life != Life::Ending {
             shared.record(&mut world, RecordV1::EnvironmentEnds(name.clone()))?;
         }
@@ -188,12 +196,17 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
             .filter(|(_, known)| known.environment == *name)
             .map(|(vm, known)| (vm.clone(), known.host.clone()))
             .collect();
-        break (vms, access, vni, world.connected());
+        let doors = world.state.doors.keys().filter(|(environment, _)| environment == name).map(|(_, host)| host.clone());
+        break (vms, doors.collect::<Vec<_>>(), vni, world.connected());
     };
-    if let Some(host) = access {
+    for host in doors {
         let close = Command::AccessClose { environment: name.clone() };
-        if let Err(error) = ask(shared, &host, &close, SHORT, |_, _| {}).await {
-            words.say(format!("the access namespace of {name} on {host} was not removed: {error}"));
+        match ask(shared, &host, &close, SHORT, |_, _| {}).await {
+            Ok(_) => shared.record(&mut shared.world(), RecordV1::AccessClosed { environment: name.clone(), host })?,
+            Err(error) => words.say(format!(
+                "the access namespace of {name} on {host} was not removed: {error}; it is as soon as its monitor is back, and \
+                 network {vni} is not used anew before that"
+            )),
         }
     }
     let mut stopping = JoinSet::new();

@@ -23,9 +23,10 @@ pub fn is_stray(world: &World, host: &HostId, vm: &VmId, state: VmState) -> bool
     }
 }
 
-/// Whether a host has yet to say that VMs of ended environments are stopped.
+/// Whether a host has yet to say that what was there of ended environments is gone.
 pub fn is_owed(world: &World, host: &HostId) -> bool {
-    owed(world, host).next().is_some()
+    let ended = |environment| !world.state.environments.contains_key(environment);
+    owed(world, host).next().is_some() || world.state.doors.keys().any(|(old, at)| at == host && ended(old))
 }
 
 /// Those VMs; what is only being ended now is stopped by whoever ends it.
@@ -60,8 +61,20 @@ pub async fn host(shared: Arc<Shared>, host: HostId) {
             // Stopped and started anew meanwhile.
             continue;
         }
+        if let Command::AccessClose { environment } = &command
+            && shared.world().state.environments.contains_key(environment)
+        {
+            continue;
+        }
         tracing::info!(%host, ?command, "clearing up what an earlier plan left");
-        match (ask(&shared, &host, &command, SHORT, |_, _| {}).await, &command) {
+        let answer = ask(&shared, &host, &command, SHORT, |_, _| {}).await;
+        if let (Ok(_), Command::AccessClose { environment }) = (&answer, &command) {
+            let closed = RecordV1::AccessClosed { environment: environment.clone(), host: host.clone() };
+            if let Err(words) = shared.record(&mut shared.world(), closed) {
+                tracing::error!("{words}");
+            }
+        }
+        match (answer, &command) {
             (Ok(_), Command::Stop { vm }) => {
                 let mut world = shared.world();
                 if world.state.is_owed(vm, &host) {
@@ -83,6 +96,14 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
     let now = clock::now();
     // Also those not listed: one may be about to start.
     let mut commands: Vec<_> = owed(&world, host).map(|vm| Command::Stop { vm: vm.clone() }).collect();
+    let doors = world
+        .state
+        .doors
+        .iter()
+        .filter(|((environment, at), _)| at == host && !world.state.environments.contains_key(environment));
+    commands.extend(doors.clone().map(|((environment, _), _)| Command::AccessClose { environment: environment.clone() }));
+    let used = |vni| world.state.environments.values().any(|known| known.stored.spec.network.vni == vni);
+    commands.extend(doors.filter(|(_, vni)| !used(**vni)).map(|(_, vni)| Command::NetworkRemove { vni: *vni }));
     world.twice.retain(|_, second| second != host);
     for seen in list {
         let vm = &seen.vm;

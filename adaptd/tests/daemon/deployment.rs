@@ -346,6 +346,9 @@ async fn obey(host: &HostId, command: Command, table: &Mutex<Table>) -> Answer {
         _ => ("other", None),
     };
     let vm = vm.cloned();
+    if let Command::AccessClose { environment } = &command {
+        table.lock().unwrap().log.push(format!("{host} close {environment}"));
+    }
     if let Some(vm) = &vm {
         let mut table = table.lock().unwrap();
         table.log.push(format!("{host} {kind} {vm}"));

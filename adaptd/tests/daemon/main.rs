@@ -361,6 +361,31 @@ async fn a_vm_that_could_not_be_stopped_is_not_started_a_second_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_access_namespace_that_could_not_be_closed_is_closed_when_its_monitor_is_back() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &[("c1", "h1"), ("c2", "h1"), ("head", "h2"), ("c3", "h1"), ("c4", "h1")]).await;
+    deployment.ask(AdaptRequest::Access { environment: "alpha".parse().unwrap() }).await.unwrap();
+    let moved = AdaptRequest::VmMigrate { vm: "alpha-head".parse().unwrap(), to: "h1".parse().unwrap() };
+    deployment.ask(moved).await.unwrap();
+    deployment.kill_monitor("h2");
+    deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+    deployment.ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() }).await.unwrap();
+
+    let words = deployment.try_up("alpha", &[]).await.unwrap_err();
+
+    assert!(words.contains("network.vni") && words.contains("may still lead on h2"), "{words}");
+    deployment.start_monitor("h2");
+    deployment
+        .until("it is closed", |deployment| deployment.table.lock().unwrap().log.iter().any(|told| told == "h2 close alpha"))
+        .await;
+    let mut answer = deployment.try_up("alpha", &[]).await;
+    while answer.as_ref().is_err_and(|words| words.contains("may still lead")) {
+        answer = deployment.try_up("alpha", &[]).await;
+    }
+    assert_eq!(answer, Ok(AdaptReply::Done));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_vm_that_runs_twice_is_told_and_stays_on_record_where_it_was() {
     let deployment = Deployment::new("act").await;
     deployment.up("alpha", &ALPHA).await;
