@@ -21,7 +21,8 @@ struct Arguments {
     /// Reads and checks the configuration and its certificate, then ends.
     #[arg(long)]
     check: bool,
-    /// Decides and lists what it would do, and moves nothing; overrides `mode`.
+    /// Decides and lists what it would do, and begins no move by itself; overrides `mode`. What an earlier manager left
+    /// unfinished is still finished or undone, and what operators ask for is done.
     #[arg(long)]
     dry_run: bool,
 }

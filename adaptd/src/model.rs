@@ -27,7 +27,7 @@ pub struct Host {
     pub domain: DomainId,
     /// Declared cores.
     pub cores: f64,
-    /// Memory for guests, in MiB.
+    /// Memory for guests, in MiB: as declared, or less when the host has less.
     pub memory_mib: u64,
     /// Driver of its hypervisor; VMs move between equal ones only.
     pub driver: String,
@@ -69,6 +69,8 @@ pub struct Vm {
     pub doing: Doing,
     /// Time since its last move ended, if it ever moved.
     pub rested: Option<Duration>,
+    /// By destination: moves there that were undone one after another.
+    pub failed: BTreeMap<HostId, Failed>,
 }
 
 /// What a VM is doing.
@@ -91,6 +93,17 @@ pub struct Environment {
     pub home: DomainId,
     /// Time since its last move as a gang ended, if it ever moved so.
     pub rested: Option<Duration>,
+    /// By destination: moves there, as a gang, that were undone one after another.
+    pub failed: BTreeMap<DomainId, Failed>,
+}
+
+/// Moves to one destination that were undone one after another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failed {
+    /// How many.
+    pub count: u32,
+    /// Time since the last of them ended.
+    pub since: Duration,
 }
 
 impl Vm {
@@ -160,6 +173,9 @@ impl fmt::Display for Snapshot {
         }
         for (name, environment) in &self.environments {
             write!(f, "env {name} home {}", environment.home)?;
+            for (domain, failed) in &environment.failed {
+                write!(f, " failed {domain} {} {}", failed.count, failed.since.as_secs())?;
+            }
             match environment.rested {
                 Some(rested) => writeln!(f, " rested {}", rested.as_secs())?,
                 None => writeln!(f)?,
@@ -182,6 +198,9 @@ impl fmt::Display for Snapshot {
                 Doing::Booting => write!(f, " booting")?,
                 Doing::Moving(to) => write!(f, " moving {to}")?,
                 Doing::Halted => write!(f, " halted")?,
+            }
+            for (host, failed) in &vm.failed {
+                write!(f, " failed {host} {} {}", failed.count, failed.since.as_secs())?;
             }
             match vm.rested {
                 Some(rested) => writeln!(f, " rested {}", rested.as_secs())?,
@@ -226,11 +245,8 @@ impl std::str::FromStr for Snapshot {
                 "env" => {
                     next("`home`")?;
                     let home = parse(next("a domain")?).map_err(wrong)?;
-                    let rested = match words.next() {
-                        Some("rested") => Some(seconds(words.next()).map_err(wrong)?),
-                        _ => None,
-                    };
-                    snapshot.environments.insert(parse(name).map_err(wrong)?, Environment { home, rested });
+                    let environment = parse_environment(home, words).map_err(wrong)?;
+                    snapshot.environments.insert(parse(name).map_err(wrong)?, environment);
                 }
                 "vm" => {
                     let role = if next("a role")? == "head" { Role::Head } else { Role::Compute };
@@ -254,6 +270,25 @@ where
 
 fn seconds(word: Option<&str>) -> Result<Duration, String> {
     Ok(Duration::from_secs(parse(word.unwrap_or_default())?))
+}
+
+fn parse_environment<'a>(home: DomainId, mut words: impl Iterator<Item = &'a str>) -> Result<Environment, String> {
+    let mut environment = Environment { home, rested: None, failed: BTreeMap::new() };
+    while let Some(key) = words.next() {
+        match key {
+            "rested" => environment.rested = Some(seconds(words.next())?),
+            "failed" => {
+                let domain = parse(words.next().unwrap_or_default())?;
+                environment.failed.insert(domain, parse_failed(&mut words)?);
+            }
+            other => return Err(format!("got {other:?}")),
+        }
+    }
+    Ok(environment)
+}
+
+fn parse_failed<'a>(words: &mut impl Iterator<Item = &'a str>) -> Result<Failed, String> {
+    Ok(Failed { count: parse(words.next().unwrap_or_default())?, since: seconds(words.next())? })
 }
 
 fn parse_host<'a>(domain: DomainId, mut words: impl Iterator<Item = &'a str>) -> Result<Host, String> {
@@ -284,6 +319,7 @@ fn parse_vm<'a>(name: &str, role: Role, host: HostId, mut words: impl Iterator<I
         high_for: None,
         doing: Doing::Running,
         rested: None,
+        failed: BTreeMap::new(),
     };
     while let Some(key) = words.next() {
         match key {
@@ -297,6 +333,10 @@ fn parse_vm<'a>(name: &str, role: Role, host: HostId, mut words: impl Iterator<I
             "halted" => vm.doing = Doing::Halted,
             "moving" => vm.doing = Doing::Moving(parse(words.next().unwrap_or_default())?),
             "rested" => vm.rested = Some(seconds(words.next())?),
+            "failed" => {
+                let host = parse(words.next().unwrap_or_default())?;
+                vm.failed.insert(host, parse_failed(&mut words)?);
+            }
             other => return Err(format!("got {other:?}")),
         }
     }

@@ -124,6 +124,11 @@ impl Observer {
 }
 
 impl VmFigures {
+    /// Whether they say how the VM is doing now on this host; a host it moved to a moment ago has not told yet.
+    pub fn is_current(&self, now: Instant, host: &HostId, policy: &Policy) -> bool {
+        self.host == *host && now.since(self.at) <= policy.max_age.0
+    }
+
     /// Whether the VM wants more than the threshold now while its smoothed demand has not got there yet.
     pub fn rising(&self, policy: &Policy) -> bool {
         self.last.state == VmState::Running && self.last.demand > policy.high_demand && self.demand.so_far() <= policy.high_demand

@@ -11,6 +11,9 @@ use violin_common::config::environment::{EnvironmentSpec, Node};
 use violin_common::control::monitor::{ImageDigest, VmSpec};
 use violin_common::{DomainId, EnvironmentId, Epoch, HostId, Instant, MacAddr, VmId, Vni};
 
+/// Most decisions, and most migrations of ended plans, held in memory; the journal holds all.
+pub const KEPT: usize = 1000;
+
 /// One line of the journal, versioned.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Record {
@@ -98,6 +101,20 @@ pub enum RecordV1 {
         /// Where.
         host: HostId,
     },
+    /// A host's monitor has said that an ended VM is stopped there.
+    VmStopped {
+        /// Which.
+        vm: VmId,
+        /// Where.
+        host: HostId,
+    },
+    /// A host's monitor has said that the access namespace of an environment is gone there.
+    AccessClosed {
+        /// Environment.
+        environment: EnvironmentId,
+        /// Where.
+        host: HostId,
+    },
 }
 
 /// An environment as the journal keeps it.
@@ -178,6 +195,15 @@ pub struct Unfinished {
     pub steps: BTreeMap<u64, u32>,
 }
 
+/// What plans are about: the goal that may fail again and again.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Goal {
+    /// A VM on a host.
+    Vm(VmId, HostId),
+    /// An environment's compute nodes in a domain.
+    Gang(EnvironmentId, DomainId),
+}
+
 /// What the records add up to.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct State {
@@ -189,12 +215,18 @@ pub struct State {
     pub vms: BTreeMap<VmId, KnownVm>,
     /// VMs that must not run any more, wherever they turn up.
     pub ended: BTreeSet<VmId>,
-    /// Decisions, oldest first.
+    /// Those of them that may still run, and the hosts whose monitors have not said yet that they are stopped there.
+    pub to_stop: BTreeMap<VmId, BTreeSet<HostId>>,
+    /// Access namespaces that may be there, also of environments that are gone, and the networks they lead into.
+    pub doors: BTreeMap<(EnvironmentId, HostId), Vni>,
+    /// The last [`KEPT`] decisions, oldest first.
     pub decisions: Vec<DecisionSeen>,
-    /// Migrations by number.
+    /// Migrations by number: all that are under way, and the last [`KEPT`].
     pub migrations: BTreeMap<u64, Migration>,
     /// The plan under way.
     pub unfinished: BTreeMap<u64, Unfinished>,
+    /// Goals that were missed: how many times in a row, and when last.
+    pub missed: BTreeMap<Goal, (u32, Instant)>,
     /// Highest plan number.
     pub plans: u64,
     /// Highest incarnation of every owned MAC ever started.
@@ -212,6 +244,12 @@ impl State {
                 let past = |moved: &mut Option<Instant>| *moved = moved.filter(|moved| moved <= at);
                 self.vms.values_mut().for_each(|vm| past(&mut vm.moved));
                 self.environments.values_mut().for_each(|environment| past(&mut environment.moved));
+                self.missed.values_mut().for_each(|(_, last)| *last = (*last).min(*at));
+                // What such a plan has moved already ended before this start; a later time would rest for ever.
+                let Self { unfinished, migrations, .. } = self;
+                for seen in migrations.values_mut().filter(|seen| unfinished.values().any(|plan| plan.has(seen.number))) {
+                    seen.ended = seen.ended.map(|ended| ended.min(*at));
+                }
             }
             RecordV1::EnvironmentBegins(stored) => self.begin(stored),
             RecordV1::VmStarts { vm, epoch } => {
@@ -228,18 +266,40 @@ impl State {
                 if let Some(environment) = self.environments.get_mut(name) {
                     environment.life = Life::Ending;
                 }
-                self.ended.extend(self.vms.iter().filter(|(_, vm)| vm.environment == *name).map(|(vm, _)| vm.clone()));
+                let ended = self.vms.iter().filter(|(_, vm)| vm.environment == *name);
+                let hosts =
+                    |vm, known: &KnownVm| [Some(&known.host), self.moving_to(vm)].into_iter().flatten().cloned().collect();
+                let ended: Vec<(VmId, Vec<HostId>)> = ended.map(|(vm, known)| (vm.clone(), hosts(vm, known))).collect();
+                for (vm, hosts) in ended {
+                    self.ended.insert(vm.clone());
+                    self.to_stop.entry(vm).or_default().extend(hosts);
+                }
             }
             RecordV1::EnvironmentGone(name) => {
                 self.environments.remove(name);
                 self.vms.retain(|_, vm| vm.environment != *name);
+                let Self { vms, environments, missed, .. } = self;
+                missed.retain(|goal, _| match goal {
+                    Goal::Vm(vm, _) => vms.contains_key(vm),
+                    Goal::Gang(environment, _) => environments.contains_key(environment),
+                });
             }
             RecordV1::VmFound { vm, host } => {
                 if let Some(vm) = self.vms.get_mut(vm) {
                     vm.host = host.clone();
                 }
             }
-            RecordV1::Decided { decision, .. } => self.decisions.push((**decision).clone()),
+            RecordV1::VmStopped { vm, host } => {
+                if let Some(hosts) = self.to_stop.get_mut(vm) {
+                    hosts.remove(host);
+                }
+                self.to_stop.retain(|_, hosts| !hosts.is_empty());
+            }
+            RecordV1::Decided { decision, .. } => {
+                self.decisions.push((**decision).clone());
+                let excess = self.decisions.len().saturating_sub(KEPT);
+                self.decisions.drain(..excess);
+            }
             RecordV1::PlanBegins { plan, migrations } => {
                 self.plans = self.plans.max(plan.number);
                 self.migrations.extend(migrations.iter().map(|migration| (migration.number, migration.clone())));
@@ -263,7 +323,9 @@ impl State {
             RecordV1::MoveEnded(migration) => self.move_ended(migration),
             RecordV1::PlanEnded { plan } => {
                 if let Some(ended) = self.unfinished.remove(plan) {
+                    self.count_missed(&ended.plan);
                     let at = ended.plan.moves.iter().filter_map(|moved| self.migrations.get(&moved.migration)?.ended).max();
+                    self.forget_old_migrations();
                     if let Some(environment) = ended.plan.gang.and_then(|name| self.environments.get_mut(&name)) {
                         environment.moved = at.or(environment.moved);
                     }
@@ -272,7 +334,12 @@ impl State {
             RecordV1::AccessOpens { environment, host } => {
                 if let Some(environment) = self.environments.get_mut(environment) {
                     environment.access = Some(host.clone());
+                    let door = (environment.stored.spec.name.clone(), host.clone());
+                    self.doors.insert(door, environment.stored.spec.network.vni);
                 }
+            }
+            RecordV1::AccessClosed { environment, host } => {
+                self.doors.remove(&(environment.clone(), host.clone()));
             }
         }
     }
@@ -284,6 +351,7 @@ impl State {
             let Some(host) = stored.placement.get(&node.vm) else { continue };
             let spec = vm_spec(stored, &node);
             self.ended.remove(&node.vm);
+            self.to_stop.remove(&node.vm);
             self.vms.insert(node.vm, KnownVm { environment: name.clone(), spec, host: host.clone(), moved: None });
         }
         let known = KnownEnvironment { stored: stored.clone(), life: Life::Starting, access: None, moved: None };
@@ -303,6 +371,35 @@ impl State {
         self.migrations.insert(migration.number, migration.clone());
     }
 
+    /// Those of unfinished plans are needed however old they are.
+    fn forget_old_migrations(&mut self) {
+        let excess = self.migrations.len().saturating_sub(KEPT);
+        let over = |(number, seen): &(&u64, &Migration)| {
+            seen.outcome != Outcome::Running && !self.unfinished.values().any(|unfinished| unfinished.has(**number))
+        };
+        let old: Vec<u64> = self.migrations.iter().filter(over).map(|(number, _)| *number).take(excess).collect();
+        self.migrations.retain(|number, _| !old.contains(number));
+    }
+
+    fn count_missed(&mut self, plan: &Plan) {
+        let moves: Vec<_> = plan.moves.iter().filter_map(|moved| self.migrations.get(&moved.migration)).collect();
+        let Some(first) = moves.first() else { return };
+        let goal = match &plan.gang {
+            Some(environment) => Goal::Gang(environment.clone(), first.to_domain.clone()),
+            None => Goal::Vm(first.vm.clone(), first.to.clone()),
+        };
+        let last = moves.iter().filter(|seen| seen.outcome != Outcome::Done).map(|seen| seen.ended.unwrap_or(Instant(0))).max();
+        match last {
+            None => {
+                self.missed.remove(&goal);
+            }
+            Some(last) => {
+                let count = self.missed.get(&goal).map_or(0, |(count, _)| *count).saturating_add(1);
+                self.missed.insert(goal, (count, last));
+            }
+        }
+    }
+
     /// Epoch with which a VM is to be started next.
     pub fn next_epoch(&self, spec: &VmSpec) -> Epoch {
         match self.incarnations.get(&(spec.network.vni, spec.mac)) {
@@ -319,6 +416,11 @@ impl State {
     /// Number for the next decision.
     pub fn next_decision(&self) -> u64 {
         self.decisions.last().map_or(1, |last| last.number + 1)
+    }
+
+    /// Whether an ended VM is still to be stopped on a host.
+    pub fn is_owed(&self, vm: &VmId, host: &HostId) -> bool {
+        self.to_stop.get(vm).is_some_and(|hosts| hosts.contains(host))
     }
 
     /// Where a VM is moving to, if it is.

@@ -1,10 +1,11 @@
 //! What the journal's records add up to, read again from bytes.
 
-use adaptd::plan::{Origin, Plan, planned};
+use adaptd::io::journal::Journal;
+use adaptd::plan::{Origin, Plan, PlannedMove, planned};
 use adaptd::policy::Move;
-use adaptd::records::{Keys, Life, Record, RecordV1, State, StoredEnvironment};
+use adaptd::records::{KEPT, Keys, Life, Record, RecordV1, State, StoredEnvironment};
 use std::collections::BTreeMap;
-use violin_common::api::adapt::{Migration, Outcome};
+use violin_common::api::adapt::{DecisionSeen, Migration, Mode, Outcome};
 use violin_common::config::environment::EnvironmentSpec;
 use violin_common::control::monitor::MigrationMode;
 use violin_common::{Epoch, Instant, VmId};
@@ -69,11 +70,27 @@ fn story() -> Vec<RecordV1> {
     ]
 }
 
+/// What a manager holds that wrote these records, and what the next one reads: the same but for its generation.
 #[test]
 fn every_prefix_reads_the_same_again() {
-    let story = story();
+    let mut story = story().split_off(1);
+    let name: violin_common::EnvironmentId = "alpha".parse().unwrap();
+    story.extend([RecordV1::EnvironmentEnds(name.clone()), RecordV1::EnvironmentGone(name)]);
+    story.push(RecordV1::VmStopped { vm: "alpha-c1".parse().unwrap(), host: "h2".parse().unwrap() });
     for end in 0..=story.len() {
-        assert_eq!(replayed(&story[..end]), replayed(&story[..end]));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("journal.redb");
+        let (mut journal, mut live) = Journal::open(&path, Instant(10)).unwrap();
+        for record in story[..end].iter().cloned().map(Record::V1) {
+            journal.append(&record).unwrap();
+            live.apply(&record);
+        }
+        drop(journal);
+
+        let (_, read) = Journal::open(&path, Instant(11)).unwrap();
+
+        live.generation += 1;
+        assert_eq!(read, live, "after {end} records");
     }
 }
 
@@ -108,12 +125,33 @@ fn an_undone_move_leaves_the_vm_at_its_source_and_lets_it_rest() {
 }
 
 #[test]
+fn moves_undone_in_a_row_are_counted_until_one_is_done() {
+    let missed = |ends: &[Outcome]| {
+        let mut story = story()[..4].to_vec();
+        for outcome in ends {
+            let begins = RecordV1::PlanBegins { plan: Box::new(plan()), migrations: vec![migration(1, Outcome::Running, None)] };
+            let ended = RecordV1::MoveEnded(Box::new(migration(1, outcome.clone(), Some(Instant(9)))));
+            story.extend([begins, ended, RecordV1::PlanEnded { plan: 1 }]);
+        }
+        replayed(&story).missed.into_values().collect::<Vec<_>>()
+    };
+    let undone = || Outcome::Undone("no".into());
+
+    assert_eq!(missed(&[undone(), undone()]), [(2, Instant(9))]);
+    assert_eq!(missed(&[undone(), undone(), Outcome::Done]), []);
+    assert_eq!(missed(&[undone(), Outcome::Done, undone()]), [(1, Instant(9))]);
+}
+
+#[test]
 fn a_vm_started_again_has_a_higher_incarnation() {
     let mut story = story();
     let name: violin_common::EnvironmentId = "alpha".parse().unwrap();
     story.extend([RecordV1::EnvironmentEnds(name.clone()), RecordV1::EnvironmentGone(name.clone())]);
     let gone = replayed(&story);
     assert!(gone.vms.is_empty() && gone.ended.contains(&"alpha-c1".parse().unwrap()));
+    assert!(gone.is_owed(&"alpha-c1".parse().unwrap(), &"h2".parse().unwrap()));
+    story.push(RecordV1::VmStopped { vm: "alpha-c1".parse().unwrap(), host: "h2".parse().unwrap() });
+    assert!(!replayed(&story).to_stop.contains_key(&"alpha-c1".parse().unwrap()));
 
     story.push(RecordV1::EnvironmentBegins(Box::new(environment())));
     let state = replayed(&story);
@@ -131,6 +169,53 @@ fn times_of_before_a_restart_of_the_machine_do_not_count() {
     story.push(RecordV1::Generation { generation: 2, at: Instant(3) });
 
     assert_eq!(replayed(&story).vms[&"alpha-c1".parse().unwrap()].moved, None);
+}
+
+#[test]
+fn a_gang_interrupted_by_a_restart_of_the_machine_rests_no_longer_than_any() {
+    let gang = Plan { gang: Some("alpha".parse().unwrap()), ..plan() };
+    let mut story = story()[..4].to_vec();
+    story.extend([
+        RecordV1::PlanBegins { plan: Box::new(gang), migrations: vec![migration(1, Outcome::Running, None)] },
+        RecordV1::MoveEnded(Box::new(migration(1, Outcome::Done, Some(Instant(900))))),
+        RecordV1::Generation { generation: 2, at: Instant(3) },
+        RecordV1::PlanEnded { plan: 1 },
+    ]);
+
+    assert_eq!(replayed(&story).environments[&"alpha".parse().unwrap()].moved, Some(Instant(3)));
+}
+
+#[test]
+fn the_state_does_not_grow_with_every_move_and_decision() {
+    let mut state = replayed(&story()[..4]);
+    for number in 1..=2500 {
+        let decision = DecisionSeen {
+            number,
+            at: Instant(1),
+            mode: Mode::Act,
+            policy: "violin".into(),
+            moves: Vec::new(),
+            reason: String::new(),
+            terms: Vec::new(),
+            refusals: Vec::new(),
+        };
+        let plan = Plan { number, moves: vec![PlannedMove { migration: number, ..plan().moves[0].clone() }], ..plan() };
+        for record in [
+            RecordV1::Decided { decision: Box::new(decision), snapshot: String::new() },
+            RecordV1::PlanBegins { plan: Box::new(plan), migrations: vec![migration(number, Outcome::Running, None)] },
+            RecordV1::MoveEnded(Box::new(migration(number, Outcome::Done, Some(Instant(9))))),
+        ] {
+            state.apply(&Record::V1(record));
+        }
+        // The first plan is still under way.
+        if number > 1 {
+            state.apply(&Record::V1(RecordV1::PlanEnded { plan: number }));
+        }
+    }
+
+    assert_eq!((state.decisions.len(), state.migrations.len()), (KEPT, KEPT));
+    assert!(state.migrations.contains_key(&1) && !state.migrations.contains_key(&2));
+    assert_eq!((state.next_decision(), state.next_migration()), (2501, 2501));
 }
 
 #[test]

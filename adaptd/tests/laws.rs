@@ -7,6 +7,7 @@ use adaptd::model::{Doing, Environment, Host, Snapshot, Standing, Vm};
 use adaptd::plan::{Plan, Stamp};
 use adaptd::score::score;
 use proptest::prelude::*;
+use std::collections::BTreeMap;
 use std::time::Duration;
 use violin_common::Instant;
 use violin_common::config::adapt::Policy;
@@ -46,9 +47,9 @@ prop_compose! {
             let host: violin_common::HostId = name(at);
             if role == Role::Head {
                 let home = snapshot.hosts[&host].domain.clone();
-                snapshot.environments.insert(environment.clone(), Environment { home, rested: None });
+                snapshot.environments.insert(environment.clone(), Environment { home, rested: None, failed: BTreeMap::new() });
             }
-            let vm = Vm { environment: environment.clone(), role, vcpus, memory_mib, host, demand, rising: false, high_for: None, doing, rested: None };
+            let vm = Vm { environment: environment.clone(), role, vcpus, memory_mib, host, demand, rising: false, high_for: None, doing, rested: None, failed: BTreeMap::new() };
             snapshot.vms.insert(format!("{environment}-n{index}").parse().unwrap(), vm);
         }
         snapshot

@@ -200,6 +200,41 @@ fn a_vm_that_just_moved_stays() {
 }
 
 #[test]
+fn what_was_undone_again_and_again_is_tried_less_and_less_often() {
+    let one = |failed: &str| {
+        let text = format!(
+            "{HOSTS}{CALM}
+            vm beta-c1 compute h1 demand 0.99 {failed}
+            vm beta-c2 compute h1 demand 0.99"
+        );
+        settled(&text)
+    };
+    // The cooldown is 60 s: after 4 times it is 480 s, after very many an hour.
+    assert_eq!(moves(&one("failed h2 1 60")), ["beta-c1 h1 h2"]);
+    assert_eq!(moves(&one("failed h2 4 481")), ["beta-c1 h1 h2"]);
+    assert_eq!(moves(&one("failed h2 99 3600")), ["beta-c1 h1 h2"]);
+    assert_eq!(moves(&one("failed h3 4 1")), ["beta-c1 h1 h2"]);
+    let refused = one("failed h2 4 479");
+    assert_eq!(moves(&refused), ["beta-c2 h1 h2"]);
+    let words: Vec<_> = refused.thought.refusals.iter().map(ToString::to_string).collect();
+    let wanted = "beta-c1 from h1 to h2 was undone 4 times in a row; it is tried again 480s after the last time";
+    assert!(words.iter().any(|words| words == wanted), "{words:?}");
+
+    let gang = |failed: &str| {
+        let hosts = HOSTS.replace("env beta home d1", &format!("env beta home d1 {failed}"));
+        let text = format!(
+            "{hosts}{CALM}
+            vm beta-c1 compute h2 demand 0.99
+            vm beta-c2 compute h1 demand 0.99
+            vm beta-c3 compute h1 demand 0.99
+            vm beta-c4 compute h1 demand 0.99"
+        );
+        moves(&settled(&text)).iter().filter(|moved| moved.starts_with("beta")).count()
+    };
+    assert_eq!((gang("failed d2 2 119"), gang("failed d2 2 120")), (0, 4));
+}
+
+#[test]
 fn an_environment_that_just_moved_as_a_gang_stays() {
     let text = format!(
         "{}{CALM}
@@ -294,7 +329,9 @@ fn a_vm_of_many_spikes_holds_up_a_decision_for_two_half_lives_only() {
 #[test]
 fn a_snapshot_reads_back_what_it_prints() {
     let snapshot: Snapshot =
-        format!("{HOSTS}{CALM} \n vm beta-c1 compute h1 moving h2 \n vm beta-c2 compute h1 unknown booting").parse().unwrap();
+        format!("{HOSTS}{CALM} env gamma home d1 failed d2 1 5 \n vm beta-c1 compute h1 moving h2 \n vm beta-c2 compute h1 unknown booting \n vm beta-c3 compute h1 failed h2 3 7")
+            .parse()
+            .unwrap();
 
     let mut again: Snapshot = snapshot.to_string().parse().unwrap();
 

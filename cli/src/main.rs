@@ -101,7 +101,10 @@ enum Command {
         /// VM.
         vm: VmId,
     },
-    /// Show or set what the manager does with its decisions.
+    /// Show or set what the manager does with its decisions, until it is restarted.
+    ///
+    /// In no mode does it leave unfinished what it or an earlier manager began, or refuse moves by hand. A restarted manager
+    /// takes the mode of its configuration.
     Mode {
         /// New mode.
         mode: Option<cmd::decisions::ModeWord>,

@@ -3,7 +3,7 @@
 //! ```text
 //! WAITING → CHECKING → PREPARING → MIGRATING → FINISHING → ended: done
 //!               │          │           │           │
-//!               │          └→ CANCELLING ← LOOKING ┘ (a failure or a broken stream anywhere)
+//!               │          └→ CANCELLING ← LOOKING ┘ (a failure or a broken stream anywhere later)
 //!               └→ ended: undone ← ──────┘   └→ FINISHING (it runs at the destination)
 //! ```
 
@@ -70,12 +70,24 @@ enum Sight {
 
 #[derive(Debug, Clone, PartialEq)]
 enum Phase {
-    Waiting { not_before: Instant },
-    Checking,
+    Waiting {
+        not_before: Instant,
+    },
+    /// First the destination is asked, then the source; an end that cannot be asked is waited for.
+    Checking {
+        since: Instant,
+        again: Option<(Instant, HostId)>,
+    },
     Preparing,
     Migrating,
     Finishing,
-    Looking { since: Instant, again: Option<Instant>, source: Sight, destination: Sight, aborted: bool },
+    Looking {
+        since: Instant,
+        again: Option<Instant>,
+        source: Sight,
+        destination: Sight,
+        aborted: bool,
+    },
     Cancelling,
     Ended,
 }
@@ -204,12 +216,12 @@ impl Run {
 
     pub(super) fn start(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         self.attempts = self.attempts.saturating_add(1);
-        self.phase = Phase::Checking;
+        self.phase = Phase::Checking { since: now, again: None };
         if self.seen.began.is_none() {
             self.seen.began = Some(now);
             effects.push(tell(Event::Began(self.seen.clone())));
         }
-        self.ask(&self.planned.from, Ask::Look, effects);
+        self.ask(&self.planned.to, Ask::Look, effects);
     }
 
     /// Looks where the VM is, because what happened is not known.
@@ -236,7 +248,7 @@ impl Run {
         match self.phase {
             Phase::Waiting { .. } => self.end(now, Outcome::Undone(format!("{GIVEN_UP}, before it began")), effects),
             // Before the hypervisor moves anything there is nothing to abort: the next answer ends it.
-            Phase::Checking | Phase::Preparing => self.given_up = Some(now),
+            Phase::Checking { .. } | Phase::Preparing => self.given_up = Some(now),
             Phase::Migrating => {
                 self.given_up = Some(now);
                 self.tick(now, effects);
@@ -250,6 +262,11 @@ impl Run {
             // Again and again: at first the hypervisor may have no job yet that it could abort.
             self.given_up = Some(now + LOOK_AGAIN);
             self.ask(&self.planned.from, Ask::Abort, effects);
+        }
+        if let Phase::Checking { again, .. } = &mut self.phase
+            && let Some((_, at)) = again.take_if(|(again, _)| now >= *again)
+        {
+            self.ask(&at, Ask::Look, effects);
         }
         let Phase::Looking { again, source, destination, .. } = &mut self.phase else { return };
         if again.is_some_and(|again| now >= again) {
@@ -268,11 +285,14 @@ impl Run {
         effects: &mut Vec<Effect>,
     ) {
         match (&self.phase, ask, answer) {
-            (Phase::Checking, Ask::Look, _) if self.given_up.is_some() => {
+            (Phase::Checking { .. }, Ask::Look, _) if self.given_up.is_some() => {
                 self.end(now, Outcome::Undone(GIVEN_UP.into()), effects);
             }
             (Phase::Preparing, Ask::Prepare, _) if self.given_up.is_some() => self.cancel(GIVEN_UP.into(), effects),
-            (Phase::Checking, Ask::Look, Ok(Answer::Vms(vms))) => {
+            (Phase::Checking { .. }, Ask::Look, Ok(Answer::Vms(_))) if *at == self.planned.to => {
+                self.ask(&self.planned.from, Ask::Look, effects);
+            }
+            (Phase::Checking { .. }, Ask::Look, Ok(Answer::Vms(vms))) => {
                 let here = vms.iter().find(|seen| seen.vm == self.planned.vm);
                 match here {
                     Some(VmSeen { state: VmState::Running, leaving: false, .. }) => {
@@ -286,8 +306,12 @@ impl Run {
                     }
                 }
             }
-            (Phase::Checking, Ask::Look, other) => {
-                let why = format!("{at} did not say whether {} runs there: {}", self.planned.vm, words(other));
+            // After a restart of the manager its monitors come back one by one: that fails no move.
+            (Phase::Checking { since, .. }, Ask::Look, Err(AskError::Lost(_))) if now.since(*since) < PATIENCE => {
+                self.phase = Phase::Checking { since: *since, again: Some((now + LOOK_AGAIN, at.clone())) };
+            }
+            (Phase::Checking { .. }, Ask::Look, other) => {
+                let why = format!("{at} did not say which VMs run there: {}", words(other));
                 self.end(now, Outcome::Undone(why), effects);
             }
             (Phase::Preparing, Ask::Prepare, Ok(Answer::Prepared { uri })) => {

@@ -1,7 +1,7 @@
 //! Environments: up as one unit or not at all, down, and the door into one.
 
 use crate::io::monitors::ask;
-use crate::io::world::Shared;
+use crate::io::world::{Shared, World};
 use crate::io::{clock, keys};
 use crate::place::place;
 use crate::records::{Life, RecordV1, StoredEnvironment};
@@ -38,16 +38,14 @@ pub async fn up(
     words: &Words,
 ) -> Result<(), String> {
     let name = spec.name.clone();
-    admit(shared, &spec, &placement)?;
+    admit(shared, &shared.world(), &spec, &placement)?;
     let pair = keys::generate(&shared.config.socket, &name).await.map_err(|error| format!("{error:#}"))?;
-    keys::store(&shared.config.socket, &name, &pair).map_err(|error| format!("{error:#}"))?;
     let starts = {
-        // Admitted again under the lock: another environment may have come meanwhile.
-        let placed = admit(shared, &spec, &placement)?;
+        // Admitted again, and recorded under the same lock: another environment may have come meanwhile, and whoever is
+        // refused must not overwrite its key.
         let mut world = shared.world();
-        if world.state.environments.contains_key(&name) {
-            return Err(format!("environment {name} is being started already"));
-        }
+        let placed = admit(shared, &world, &spec, &placement)?;
+        keys::store(&shared.config.socket, &name, &pair).map_err(|error| format!("{error:#}"))?;
         let stored = StoredEnvironment { spec, home: placed.home, image, placement: placed.hosts, keys: pair };
         shared.record(&mut world, RecordV1::EnvironmentBegins(Box::new(stored)))?;
         let specs: Vec<(VmSpec, HostId)> = world
@@ -86,8 +84,28 @@ pub async fn up(
     }
 }
 
-fn admit(shared: &Shared, spec: &EnvironmentSpec, placement: &BTreeMap<String, HostId>) -> Result<crate::place::Placed, String> {
-    let world = shared.world();
+fn admit(
+    shared: &Shared,
+    world: &World,
+    spec: &EnvironmentSpec,
+    placement: &BTreeMap<String, HostId>,
+) -> Result<crate::place::Placed, String> {
+    for node in spec.nodes().map_err(|error| error.to_string())? {
+        let Some(host) = world.state.to_stop.get(&node.vm).and_then(|hosts| hosts.first()) else { continue };
+        let what = match world.connection(host) {
+            Some(_) => format!("on {host}, which has not stopped it yet; try again in a moment"),
+            None => format!("on {host}, whose monitor is away; bring it back, or choose another name"),
+        };
+        return Err(format!("{} of an ended environment may still run {what}", node.vm));
+    }
+    let vni = spec.network.vni;
+    let ended = |environment: &EnvironmentId| !world.state.environments.contains_key(environment);
+    if let Some(((old, host), _)) = world.state.doors.iter().find(|((old, _), at)| **at == vni && ended(old)) {
+        return Err(format!(
+            "key `network.vni`: got {vni}, into which an access namespace of the ended environment {old} may still lead on \
+             {host}; bring its monitor back, or choose another network"
+        ));
+    }
     let taken = world.state.environments.iter().map(|(name, known)| (name.clone(), known.stored.spec.network.vni)).collect();
     let snapshot = world.snapshot(clock::now(), &shared.config);
     place(&snapshot, &taken, spec, placement).map_err(|refusal| refusal.to_string())
@@ -157,13 +175,17 @@ async fn start_all(
 
 /// Ends an environment. What is on a host that is away is ended when that host comes back.
 pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> Result<(), String> {
-    quiet(shared).await?;
-    let (vms, access, vni, hosts) = {
+    let (vms, doors, vni, hosts) = loop {
+        quiet(shared).await?;
         let mut world = shared.world();
+        // A plan may have begun since: its VMs would be looked for where they no longer are.
+        if !world.state.unfinished.is_empty() {
+            continue;
+        }
         let Some(known) = world.state.environments.get(name) else {
             return Err(unknown(name, world.state.environments.keys()));
         };
-        let (access, vni) = (known.access.clone(), known.stored.spec.network.vni);
+        let vni = known.stored.spec.network.vni;
         if known.life != Life::Ending {
             shared.record(&mut world, RecordV1::EnvironmentEnds(name.clone()))?;
         }
@@ -174,12 +196,17 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
             .filter(|(_, known)| known.environment == *name)
             .map(|(vm, known)| (vm.clone(), known.host.clone()))
             .collect();
-        (vms, access, vni, world.connected())
+        let doors = world.state.doors.keys().filter(|(environment, _)| environment == name).map(|(_, host)| host.clone());
+        break (vms, doors.collect::<Vec<_>>(), vni, world.connected());
     };
-    if let Some(host) = access {
+    for host in doors {
         let close = Command::AccessClose { environment: name.clone() };
-        if let Err(error) = ask(shared, &host, &close, SHORT, |_, _| {}).await {
-            words.say(format!("the access namespace of {name} on {host} was not removed: {error}"));
+        match ask(shared, &host, &close, SHORT, |_, _| {}).await {
+            Ok(_) => shared.record(&mut shared.world(), RecordV1::AccessClosed { environment: name.clone(), host })?,
+            Err(error) => words.say(format!(
+                "the access namespace of {name} on {host} was not removed: {error}; it is as soon as its monitor is back, and \
+                 network {vni} is not used anew before that"
+            )),
         }
     }
     let mut stopping = JoinSet::new();
@@ -187,7 +214,8 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
         let shared = Arc::clone(shared);
         stopping.spawn(async move {
             let answer = ask(&shared, &host, &Command::Stop { vm: vm.clone() }, SHORT, |_, _| {}).await;
-            answer.map(|_| ()).map_err(|error| format!("{vm} was not stopped on {host}: {error}"))
+            let stopped = answer.map_err(|error| format!("{vm} was not stopped on {host}: {error}"));
+            stopped.and_then(|_| shared.record(&mut shared.world(), RecordV1::VmStopped { vm, host }))
         });
     }
     let mut left = Vec::new();
@@ -204,7 +232,7 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
         }
     }
     for failed in &left {
-        words.say(format!("{failed}; it is stopped as soon as its monitor is back"));
+        words.say(format!("{failed}; it is stopped as soon as its monitor is back, and none of its name starts before that"));
     }
     let mut world = shared.world();
     shared.record(&mut world, RecordV1::EnvironmentGone(name.clone()))?;

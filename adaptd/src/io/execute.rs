@@ -83,6 +83,7 @@ async fn drive(shared: Arc<Shared>, mut execution: Execution, first: Vec<Effect>
     let (answers, mut answered) = mpsc::unbounded_channel::<Answered>();
     let mut ticks = tokio::time::interval(TICK);
     let mut orders = shared.give_up.subscribe();
+    let mut ending = shared.ending.subscribe();
     let mut effects = first;
     loop {
         for effect in effects {
@@ -97,6 +98,8 @@ async fn drive(shared: Arc<Shared>, mut execution: Execution, first: Vec<Effect>
             return execution.migrations().cloned().collect();
         }
         effects = tokio::select! {
+            biased;
+            _ = ending.wait_for(|ending| *ending) => return execution.migrations().cloned().collect(),
             Some((migration, at, ask, answer)) = answered.recv() => {
                 execution.answered(clock::now(), migration, &at, &ask, answer)
             }

@@ -114,17 +114,23 @@ fn take(shared: &Arc<Shared>, host: &HostId, report: Report) {
     match report {
         Report::Hello(_) => tracing::warn!(%host, "a second HELLO: ignored"),
         Report::Vm(seen) => see(&mut world, &seen.vm, seen.state),
-        Report::Observation(observation) => {
+        Report::Observation(mut observation) => {
             for sample in &observation.vms {
                 see(&mut world, &sample.vm, sample.state);
             }
             let stray = observation.vms.iter().any(|sample| reconcile::is_stray(&world, host, &sample.vm, sample.state));
-            if stray && reconcile::is_due(&mut world, host, clock::now()) {
+            if (stray || reconcile::is_owed(&world, host)) && reconcile::is_due(&mut world, host, clock::now()) {
                 tokio::spawn(reconcile::host(Arc::clone(shared), host.clone()));
             }
             for missing in &observation.missing {
                 tracing::debug!(%host, "not observed: {missing}");
             }
+            world.twice.retain(|vm, second| second != host || observation.vms.iter().any(|sample| sample.vm == *vm));
+            // What runs where it should not says nothing of the VM that is meant.
+            let state = &world.state;
+            observation.vms.retain(|sample| {
+                state.vms.get(&sample.vm).is_some_and(|known| known.host == *host) || state.moving_to(&sample.vm) == Some(host)
+            });
             world.observer.take(clock::now(), host, observation, &shared.config.policy);
         }
     }
@@ -134,7 +140,8 @@ fn take(shared: &Arc<Shared>, host: &HostId, report: Report) {
     }
 }
 
-/// Asks a host's monitor and waits for its answer; `progress` hears what it says meanwhile.
+/// Asks a host's monitor and waits for its answer; `progress` hears what it says meanwhile. `limit`: longest silence; what
+/// is told as progress starts it anew.
 pub async fn ask(
     shared: &Shared,
     host: &HostId,
@@ -146,20 +153,21 @@ pub async fn ask(
         return Err(AskError::Lost(format!("the monitor of {host} is not connected")));
     };
     let lost = |error: &dyn std::fmt::Display| AskError::Lost(format!("the monitor of {host} was lost: {error}"));
-    let conversation = async {
-        let (mut send, mut recv) = connection.open_bi().await.map_err(|error| lost(&error))?;
+    let silent = |_| AskError::Lost(format!("the monitor of {host} said nothing for {limit:?}"));
+    let asking = async {
+        let (mut send, recv) = connection.open_bi().await.map_err(|error| lost(&error))?;
         frame::send(&mut send, command).await.map_err(|error| lost(&error))?;
         let _ = send.finish();
-        loop {
-            match frame::recv::<Answer>(&mut recv).await {
-                Ok(Some(Answer::Progress { part, doing })) => progress(part, &doing),
-                Ok(Some(Answer::Failed(words))) => return Err(AskError::Refused(words)),
-                Ok(Some(answer)) => return Ok(answer),
-                Ok(None) => return Err(lost(&"it ended the stream without an answer")),
-                Err(error) => return Err(lost(&error)),
-            }
-        }
+        Ok::<_, AskError>(recv)
     };
-    let answer = tokio::time::timeout(limit, conversation).await;
-    answer.unwrap_or_else(|_| Err(AskError::Lost(format!("the monitor of {host} did not answer within {limit:?}"))))
+    let mut recv = tokio::time::timeout(limit, asking).await.map_err(silent)??;
+    loop {
+        match tokio::time::timeout(limit, frame::recv::<Answer>(&mut recv)).await.map_err(silent)? {
+            Ok(Some(Answer::Progress { part, doing })) => progress(part, &doing),
+            Ok(Some(Answer::Failed(words))) => return Err(AskError::Refused(words)),
+            Ok(Some(answer)) => return Ok(answer),
+            Ok(None) => return Err(lost(&"it ended the stream without an answer")),
+            Err(error) => return Err(lost(&error)),
+        }
+    }
 }

@@ -1,9 +1,9 @@
 //! After a HELLO: what runs there and what the journal says are brought together. No VM runs twice, none is left behind.
 
-use crate::io::environments;
 use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
-use crate::records::{Life, RecordV1};
+use crate::io::{clock, environments};
+use crate::records::{KnownVm, Life, RecordV1, State};
 use std::sync::Arc;
 use std::time::Duration;
 use violin_common::control::monitor::{Answer, Command, VmSeen, VmState};
@@ -21,6 +21,18 @@ pub fn is_stray(world: &World, host: &HostId, vm: &VmId, state: VmState) -> bool
             known.host != *host && matches!(state, VmState::Arriving | VmState::Running) && world.state.moving_to(vm).is_none()
         }
     }
+}
+
+/// Whether a host has yet to say that what was there of ended environments is gone.
+pub fn is_owed(world: &World, host: &HostId) -> bool {
+    let ended = |environment| !world.state.environments.contains_key(environment);
+    owed(world, host).next().is_some() || world.state.doors.keys().any(|(old, at)| at == host && ended(old))
+}
+
+/// Those VMs; what is only being ended now is stopped by whoever ends it.
+fn owed<'a>(world: &'a World, host: &'a HostId) -> impl Iterator<Item = &'a VmId> {
+    let State { to_stop, vms, .. } = &world.state;
+    to_stop.iter().filter(|(vm, hosts)| hosts.contains(host) && !vms.contains_key(*vm)).map(|(vm, _)| vm)
 }
 
 /// Whether a host may be compared with the journal again; remembers that it is.
@@ -43,9 +55,37 @@ pub async fn host(shared: Arc<Shared>, host: HostId) {
         }
     };
     for command in settle(&shared, &host, &list) {
+        if let Command::Stop { vm } = &command
+            && !shared.world().state.ended.contains(vm)
+        {
+            // Stopped and started anew meanwhile.
+            continue;
+        }
+        if let Command::AccessClose { environment } = &command
+            && shared.world().state.environments.contains_key(environment)
+        {
+            continue;
+        }
         tracing::info!(%host, ?command, "clearing up what an earlier plan left");
-        if let Err(error) = ask(&shared, &host, &command, SHORT, |_, _| {}).await {
-            tracing::warn!(%host, "not cleared up: {error}");
+        let answer = ask(&shared, &host, &command, SHORT, |_, _| {}).await;
+        if let (Ok(_), Command::AccessClose { environment }) = (&answer, &command) {
+            let closed = RecordV1::AccessClosed { environment: environment.clone(), host: host.clone() };
+            if let Err(words) = shared.record(&mut shared.world(), closed) {
+                tracing::error!("{words}");
+            }
+        }
+        match (answer, &command) {
+            (Ok(_), Command::Stop { vm }) => {
+                let mut world = shared.world();
+                if world.state.is_owed(vm, &host) {
+                    let stopped = RecordV1::VmStopped { vm: vm.clone(), host: host.clone() };
+                    if let Err(words) = shared.record(&mut world, stopped) {
+                        tracing::error!("{words}");
+                    }
+                }
+            }
+            (Ok(_), _) => {}
+            (Err(error), _) => tracing::warn!(%host, "not cleared up: {error}"),
         }
     }
     shared.changed();
@@ -53,9 +93,23 @@ pub async fn host(shared: Arc<Shared>, host: HostId) {
 
 fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
     let mut world = shared.world();
-    let mut commands = Vec::new();
+    let now = clock::now();
+    // Also those not listed: one may be about to start.
+    let mut commands: Vec<_> = owed(&world, host).map(|vm| Command::Stop { vm: vm.clone() }).collect();
+    let doors = world
+        .state
+        .doors
+        .iter()
+        .filter(|((environment, at), _)| at == host && !world.state.environments.contains_key(environment));
+    commands.extend(doors.clone().map(|((environment, _), _)| Command::AccessClose { environment: environment.clone() }));
+    let used = |vni| world.state.environments.values().any(|known| known.stored.spec.network.vni == vni);
+    commands.extend(doors.filter(|(_, vni)| !used(**vni)).map(|(_, vni)| Command::NetworkRemove { vni: *vni }));
+    world.twice.retain(|_, second| second != host);
     for seen in list {
         let vm = &seen.vm;
+        if world.state.is_owed(vm, host) && !world.state.vms.contains_key(vm) {
+            continue;
+        }
         let Some(known) = world.state.vms.get(vm) else {
             if world.state.ended.contains(vm) {
                 commands.push(Command::Stop { vm: vm.clone() });
@@ -72,6 +126,14 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
             // The executor asks both ends itself.
             _ if moving => {}
             VmState::Arriving if elsewhere => commands.push(Command::CancelIncoming { vm: vm.clone() }),
+            VmState::Running if elsewhere && runs_where_known(&world, vm, known, now, shared.config.policy.max_age.0) => {
+                tracing::error!(
+                    "{vm} runs on {host} and on {}, where the journal has it: its disk and its address are used twice; \
+                     look which of the two is right and end the other one on its host",
+                    known.host
+                );
+                world.twice.insert(vm.clone(), host.clone());
+            }
             VmState::Running if elsewhere => {
                 tracing::warn!(%host, %vm, "runs there, the journal has it on {}: taking note", known.host);
                 let found = RecordV1::VmFound { vm: vm.clone(), host: host.clone() };
@@ -98,6 +160,14 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
     commands
 }
 
+/// Whether a VM is known to run on the host that the journal has it on.
+fn runs_where_known(world: &World, vm: &VmId, known: &KnownVm, now: Instant, max_age: Duration) -> bool {
+    let seen = world.seen.get(vm).is_some_and(|(at, state)| *at == known.host && *state == VmState::Running);
+    // Seen, but not observed for long: it has left, as by a hand's move.
+    let fresh = world.observer.vm(vm).is_none_or(|figures| figures.host != known.host || now.since(figures.at) <= max_age);
+    seen && fresh && world.connection(&known.host).is_some()
+}
+
 /// After a restart: environments that were being started or ended are ended, as soon as their hosts are there.
 pub async fn leftovers(shared: Arc<Shared>) {
     let left: Vec<_> = {
@@ -117,8 +187,13 @@ pub async fn leftovers(shared: Arc<Shared>) {
             }
         };
         let _ = tokio::time::timeout(SHORT, all_there).await;
-        if let Err(words) = environments::down(&shared, &environment, &environments::Words::default()).await {
-            tracing::warn!(%environment, "not ended: {words}");
+        // As long as it is there the policy does nothing at all: it must go, however long that takes.
+        while let Err(words) = environments::down(&shared, &environment, &environments::Words::default()).await {
+            if !shared.world().state.environments.contains_key(&environment) {
+                break;
+            }
+            tracing::warn!(%environment, "not ended, trying again: {words}");
+            tokio::time::sleep(AGAIN).await;
         }
     }
 }

@@ -13,9 +13,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use violin_channel::tls::{Credentials, Timing};
 use violin_channel::{local, quic};
-use violin_common::Instant;
 use violin_common::api::adapt::{DecisionSeen, Event, Mode, Term};
 use violin_common::config::adapt::AdaptConfig;
+use violin_common::{EnvironmentId, Instant};
 
 /// Least time between two records of refusals alone.
 const REFUSALS: Duration = Duration::from_secs(10);
@@ -51,6 +51,8 @@ pub async fn run(config: AdaptConfig, stop: impl Future<Output = ()>) -> anyhow:
         Some(task) = tasks.join_next() => bail!("a part of the manager ended: {task:?}"),
     };
     tracing::info!("adaptd ends; moves under way are taken up at the next start");
+    // Before any connection closes, or every question open would count as failed and undo its move.
+    shared.ending.send_replace(true);
     tasks.shutdown().await;
     endpoint.close("adaptd ends").await;
     ended
@@ -81,15 +83,22 @@ pub fn stamp(shared: &Shared, world: &World) -> Stamp {
 
 /// One cycle: think, write down, act.
 fn once(shared: &Arc<Shared>, world: &mut World, now: Instant) -> Result<(), String> {
-    let busy = world.state.environments.values().any(|environment| environment.life != Life::Up);
-    if world.mode == Mode::Observe || busy || execute::may_begin(world, Origin::Policy).is_err() {
+    if world.mode == Mode::Observe || execute::may_begin(world, Origin::Policy).is_err() {
         // Whatever the picture was, it is another one afterwards.
         world.settling = crate::cycle::Settling::default();
         return Ok(());
     }
     let snapshot = world.snapshot(now, &shared.config);
+    let busy: Vec<_> = world.state.environments.iter().filter_map(|(name, known)| busy(name, known.life)).collect();
+    if !busy.is_empty() {
+        world.settling = crate::cycle::Settling::default();
+        world.refusals.clone_from(&busy);
+        return refused(shared, world, now, &busy, &snapshot.to_string());
+    }
     let stamp = stamp(shared, world);
-    let thought = cycle(now, &snapshot, &shared.config.policy, &mut world.settling, stamp);
+    let mut thought = cycle(now, &snapshot, &shared.config.policy, &mut world.settling, stamp);
+    let twice = world.twice.iter().map(|(vm, second)| Refusal::RunsTwice { vm: vm.clone(), second: second.clone() });
+    thought.thought.refusals.extend(twice);
     world.refusals.clone_from(&thought.thought.refusals);
     tracing::debug!("{}", thought.thought.before);
     match &thought.decision {
@@ -108,6 +117,16 @@ fn once(shared: &Arc<Shared>, world: &mut World, now: Instant) -> Result<(), Str
         }
         None => refused(shared, world, now, &thought.thought.refusals, &snapshot.to_string()),
     }
+}
+
+/// An environment that comes or goes changes the picture: until it is up or gone nothing is decided.
+fn busy(environment: &EnvironmentId, life: Life) -> Option<Refusal> {
+    let doing = match life {
+        Life::Up => return None,
+        Life::Starting => "started",
+        Life::Ending => "ended",
+    };
+    Some(Refusal::Busy { environment: environment.clone(), doing })
 }
 
 fn write_down(shared: &Shared, world: &mut World, seen: DecisionSeen, snapshot: String) -> Result<(), String> {

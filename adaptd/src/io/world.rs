@@ -2,10 +2,10 @@
 
 use crate::cycle::Settling;
 use crate::io::journal::Journal;
-use crate::model::{Doing, Environment, Host, Snapshot, Standing, Vm};
+use crate::model::{Doing, Environment, Failed, Host, Snapshot, Standing, Vm};
 use crate::observe::Observer;
 use crate::policy::Refusal;
-use crate::records::{Life, Record, RecordV1, State};
+use crate::records::{Goal, Life, Record, RecordV1, State};
 use crate::score::high_count;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -43,6 +43,8 @@ pub struct World {
     pub hosts: BTreeMap<HostId, KnownHost>,
     /// How each VM was last seen, and where.
     pub seen: BTreeMap<VmId, (HostId, VmState)>,
+    /// VMs that run on a second host too, and which that is.
+    pub twice: BTreeMap<VmId, HostId>,
     /// What the last cycle refused.
     pub refusals: Vec<Refusal>,
     /// What was last written of that.
@@ -63,6 +65,8 @@ pub struct Shared {
     pub changes: watch::Sender<u64>,
     /// Set once with the reason why the manager must stop.
     pub fatal: watch::Sender<Option<String>>,
+    /// Set once when the manager ends cleanly: what carries plans out stops where it is, for the next manager.
+    pub ending: watch::Sender<bool>,
 }
 
 impl Shared {
@@ -77,12 +81,13 @@ impl Shared {
             mode,
             hosts: BTreeMap::new(),
             seen: BTreeMap::new(),
+            twice: BTreeMap::new(),
             refusals: Vec::new(),
             refusals_written: (BTreeSet::new(), Instant(0)),
         };
         let (events, changes, fatal) = (broadcast::channel(1024).0, watch::channel(0).0, watch::channel(None).0);
-        let give_up = broadcast::channel(64).0;
-        Self { config, world: Mutex::new(world), events, give_up, changes, fatal }
+        let (give_up, ending) = (broadcast::channel(64).0, watch::channel(false).0);
+        Self { config, world: Mutex::new(world), events, give_up, changes, fatal, ending }
     }
 
     /// Takes the lock. A task that died with it left whole records behind, so what it knew still holds.
@@ -129,7 +134,7 @@ impl World {
             let host = Host {
                 domain: hello.domain.clone(),
                 cores: hello.cores,
-                memory_mib: hello.memory_mib,
+                memory_mib: self.memory_mib(name, hello.memory_mib),
                 driver: hello.driver.clone(),
                 standing,
             };
@@ -137,12 +142,28 @@ impl World {
         });
         let environments = self.state.environments.iter().map(|(name, known)| {
             let rested = known.moved.map(|moved| now.since(moved));
-            (name.clone(), Environment { home: known.stored.home.clone(), rested })
+            let mut environment = Environment { home: known.stored.home.clone(), rested, failed: BTreeMap::new() };
+            for (goal, (count, last)) in &self.state.missed {
+                if let Goal::Gang(missed, domain) = goal
+                    && missed == name
+                {
+                    environment.failed.insert(domain.clone(), Failed { count: *count, since: now.since(*last) });
+                }
+            }
+            (name.clone(), environment)
         });
         let vms = self.state.vms.iter().map(|(name, known)| {
-            let figures = self.observer.vm(name);
+            // Those of now and of here: a monitor whose hypervisor is dead goes on reporting, without its VMs.
+            let figures = self.observer.vm(name).filter(|figures| figures.is_current(now, &known.host, policy));
             let life = self.state.environments.get(&known.environment).map(|environment| environment.life);
+            let failed = self.state.missed.iter().filter_map(|(goal, (count, last))| match goal {
+                Goal::Vm(missed, host) if missed == name => {
+                    Some((host.clone(), Failed { count: *count, since: now.since(*last) }))
+                }
+                _ => None,
+            });
             let vm = Vm {
+                failed: failed.collect(),
                 environment: known.environment.clone(),
                 role: known.spec.role,
                 vcpus: known.spec.vcpus,
@@ -159,14 +180,26 @@ impl World {
         Snapshot { hosts: hosts.collect(), vms: vms.collect(), environments: environments.collect() }
     }
 
+    /// What a host can hold, in MiB: what it declared, or what its VMs were promised and what is really free beside them.
+    fn memory_mib(&self, host: &HostId, declared: u64) -> u64 {
+        let Some(figures) = self.observer.host(host) else { return declared };
+        // A monitor counts what arrives as promised, so it is counted here too.
+        let held = self.state.vms.iter().filter(|(vm, known)| known.host == *host || self.state.moving_to(vm) == Some(host));
+        let held: u64 = held.map(|(_, known)| known.spec.memory_mib).sum();
+        declared.min(held.saturating_add(figures.last.host.memory_free_mib))
+    }
+
     fn doing(&self, vm: &VmId, life: Option<Life>) -> Doing {
         if let Some(to) = self.state.moving_to(vm) {
             return Doing::Moving(to.clone());
         }
+        if self.twice.contains_key(vm) {
+            return Doing::Booting;
+        }
         match (life, self.seen.get(vm).map(|(_, state)| *state)) {
             (Some(Life::Up), Some(VmState::Running)) => Doing::Running,
             (Some(Life::Up | Life::Ending), Some(VmState::Stopped | VmState::Paused)) => Doing::Halted,
-            // Starting, being ended, or not seen yet: its cores are spoken for, and it is left alone.
+            // Starting, being ended, not seen yet or (above) running twice: its cores are spoken for, and it is left alone.
             _ => Doing::Booting,
         }
     }

@@ -4,6 +4,7 @@ pub mod violin;
 
 use crate::score::Score;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 use violin_common::{DomainId, EnvironmentId, HostId, VmId};
 
 /// One VM to another host.
@@ -56,6 +57,16 @@ pub enum Refusal {
     EnvironmentCoolingDown {
         /// Which.
         environment: EnvironmentId,
+    },
+    /// The same move was undone before: it is tried less and less often.
+    #[error("{what} was undone {count} times in a row; it is tried again {wait:?} after the last time")]
+    FailedBefore {
+        /// The move, in words.
+        what: String,
+        /// How often.
+        count: u32,
+        /// From the end of the last one.
+        wait: Duration,
     },
     /// A VM cannot be moved now.
     #[error("{vm} cannot be moved now: {why}")]
@@ -122,6 +133,22 @@ pub enum Refusal {
     Unsettled {
         /// What is still changing.
         why: String,
+    },
+    /// An environment is being started or ended.
+    #[error("nothing is decided: {environment} is being {doing}")]
+    Busy {
+        /// Which.
+        environment: EnvironmentId,
+        /// `started` or `ended`.
+        doing: &'static str,
+    },
+    /// A VM runs on two hosts: a fault that only its operator can undo.
+    #[error("{vm} is not moved: it runs on {second} too; look which of the two is right and end the other one on its host")]
+    RunsTwice {
+        /// Which.
+        vm: VmId,
+        /// The host the journal does not have it on.
+        second: HostId,
     },
 }
 

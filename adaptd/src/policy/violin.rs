@@ -6,15 +6,19 @@
 //! VMs that are not low must fit into the cores; with the low ones the sum may exceed them by the policy's `overcommit`.
 
 use super::{Move, Proposal, Refusal, Thought};
-use crate::model::{Doing, Snapshot, Standing, Vm};
+use crate::model::{Doing, Failed, Snapshot, Standing, Vm};
 use crate::score::{Score, high_count, is_high, is_low, score};
 use std::cmp::Ordering;
+use std::time::Duration;
 use violin_common::config::adapt::Policy;
 use violin_common::control::monitor::Role;
 use violin_common::{DomainId, EnvironmentId, HostId, VmId};
 
 /// Rounding in sums of fractions must not decide.
 const EPSILON: f64 = 1e-6;
+
+/// Longest wait before a move that was undone is tried again.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// Thinks about a snapshot.
 pub fn think(snapshot: &Snapshot, policy: &Policy) -> Thought {
@@ -93,6 +97,10 @@ fn within(
                 continue;
             }
             room = true;
+            if let Some(refusal) = failed_before(vm.failed.get(to), policy, || format!("{name} from {worst} to {to}")) {
+                refusals.push(refusal);
+                continue;
+            }
             let after = score(&snapshot.with_move(name, to), policy);
             if before.spread - after.spread < policy.min_gain - EPSILON {
                 refusals.push(Refusal::NoGain { what: format!("{name} from {worst} to {to}") });
@@ -116,6 +124,14 @@ fn within(
             .iter()
             .any(|(name, vm)| others.iter().any(|to| takes(snapshot, policy, name, vm, to).is_ok()));
     if room || resting_has_room { Within::NoGain } else { Within::NoRoom }
+}
+
+/// Whether a move was undone too often too lately: the wait is the cooldown, doubled with every time but the first.
+fn failed_before(failed: Option<&Failed>, policy: &Policy, what: impl Fn() -> String) -> Option<Refusal> {
+    let Failed { count, since } = *failed?;
+    let doubled = 1u32.checked_shl(count.saturating_sub(1)).unwrap_or(u32::MAX);
+    let wait = policy.cooldown.0.saturating_mul(doubled).min(LONGEST_WAIT.max(policy.cooldown.0));
+    (since < wait).then(|| Refusal::FailedBefore { what: what(), count, wait })
 }
 
 /// High-demand VMs of a host: those that came to it last first (in steps of a half-life), since they made the crowd and a
@@ -195,6 +211,10 @@ fn across(
             continue;
         }
         for to in &domains {
+            if let Some(refusal) = failed_before(known.failed.get(to), policy, || format!("{environment} to {to}")) {
+                refusals.push(refusal);
+                continue;
+            }
             match gang(snapshot, policy, environment, to) {
                 Err(refusal) => refusals.push(refusal),
                 Ok(found) if before.spread - found.after.spread < policy.min_gain - EPSILON => {

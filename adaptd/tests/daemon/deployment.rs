@@ -26,6 +26,10 @@ pub(crate) struct Table {
     pub(crate) vms: BTreeMap<HostId, BTreeMap<VmId, (VmState, bool)>>,
     /// Demand of a VM; 0.02 if not here.
     pub(crate) demand: BTreeMap<VmId, f64>,
+    /// Memory really free on a host; 4096 if not here.
+    pub(crate) memory_free_mib: BTreeMap<HostId, u64>,
+    /// Hosts that observe none of their VMs.
+    pub(crate) blind: BTreeSet<HostId>,
     /// Commands held: (host, kind). They wait until they are taken out.
     pub(crate) held: BTreeSet<(String, String)>,
     /// Commands that arrived while held.
@@ -98,7 +102,7 @@ impl Deployment {
         deployment
     }
 
-    fn connected(&self) -> usize {
+    pub(crate) fn connected(&self) -> usize {
         match self.ask_blocking(&AdaptRequest::HostList) {
             Ok(AdaptReply::Hosts(hosts)) => hosts.iter().filter(|host| host.connected && host.age_s.is_some()).count(),
             _ => 0,
@@ -169,11 +173,16 @@ impl Deployment {
 
     /// Starts an environment from its shipped file.
     pub(crate) async fn up(&self, name: &str, placement: &[(&str, &str)]) {
+        let answer = self.try_up(name, placement).await;
+        assert_eq!(answer, Ok(AdaptReply::Done), "{}", self.log());
+    }
+
+    /// The same, where it may be refused.
+    pub(crate) async fn try_up(&self, name: &str, placement: &[(&str, &str)]) -> Result<AdaptReply, String> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/environments/{name}.toml"));
         let spec = violin_common::config::environment::EnvironmentSpec::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
         let placement = placement.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
-        let answer = self.ask(AdaptRequest::EnvUp { spec, placement, image: None }).await;
-        assert_eq!(answer, Ok(AdaptReply::Done), "{}", self.log());
+        self.ask(AdaptRequest::EnvUp { spec, placement, image: None }).await
     }
 
     pub(crate) fn busy(&self, vms: &[&str]) {
@@ -187,6 +196,10 @@ impl Deployment {
 
     pub(crate) fn release(&self) {
         self.table.lock().unwrap().held.clear();
+    }
+
+    pub(crate) fn release_one(&self, host: &str, kind: &str) {
+        self.table.lock().unwrap().held.remove(&(host.into(), kind.into()));
     }
 
     pub(crate) fn fail(&self, host: &str, kind: &str, vm: &str) {
@@ -311,11 +324,13 @@ async fn monitor(host: HostId, domain: String, cores: f64, tls: Tls, manager: So
 
 fn observe(host: &HostId, table: &Mutex<Table>) -> Observation {
     let table = table.lock().unwrap();
-    let vms = table.vms[host].iter().map(|(vm, (state, _))| {
+    let seen = table.vms[host].iter().filter(|_| !table.blind.contains(host));
+    let vms = seen.map(|(vm, (state, _))| {
         let demand = table.demand.get(vm).copied().unwrap_or(0.02);
         VmSample { vm: vm.clone(), state: *state, run: demand, wait: 0.0, demand, memory_mib: 256, net_in: 0.0, net_out: 0.0 }
     });
-    let sample = HostSample { guest_cores: 0.0, memory_free_mib: 0, cpu_pressure: None, memory_pressure: None };
+    let memory_free_mib = table.memory_free_mib.get(host).copied().unwrap_or(4096);
+    let sample = HostSample { guest_cores: 0.0, memory_free_mib, cpu_pressure: None, memory_pressure: None };
     Observation { at: Instant(0), host: sample, vms: vms.collect(), traffic: Vec::new(), missing: Vec::new() }
 }
 
@@ -331,6 +346,9 @@ async fn obey(host: &HostId, command: Command, table: &Mutex<Table>) -> Answer {
         _ => ("other", None),
     };
     let vm = vm.cloned();
+    if let Command::AccessClose { environment } = &command {
+        table.lock().unwrap().log.push(format!("{host} close {environment}"));
+    }
     if let Some(vm) = &vm {
         let mut table = table.lock().unwrap();
         table.log.push(format!("{host} {kind} {vm}"));

@@ -5,6 +5,7 @@ mod deployment;
 use deployment::Deployment;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, Event, Mode, Outcome};
 use violin_common::config::environment::EnvironmentSpec;
+use violin_common::control::monitor::VmState;
 
 const ALPHA: [(&str, &str); 5] = [("head", "h1"), ("c1", "h1"), ("c2", "h1"), ("c3", "h2"), ("c4", "h2")];
 const BETA: [(&str, &str); 5] = [("head", "h2"), ("c1", "h1"), ("c2", "h1"), ("c3", "h1"), ("c4", "h1")];
@@ -161,6 +162,67 @@ async fn a_manager_killed_between_the_moves_of_a_gang_goes_on_with_it() {
     }
 }
 
+/// No command is under way: the next move is about to be checked, and all monitors come back later than the manager.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_that_ends_between_two_moves_of_a_gang_goes_on_with_it_when_its_monitors_are_back() {
+    for clean in [false, true] {
+        let mut deployment = Deployment::new("observe").await;
+        deployment.up("beta", &BETA).await;
+        deployment.hold("h1", "migrate");
+        let socket = deployment.socket();
+        let request = AdaptRequest::EnvMove { environment: "beta".parse().unwrap(), to: "d2".parse().unwrap() };
+        let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
+        deployment.until_reached("h1", "migrate").await;
+        deployment.hold("h1", "list");
+        deployment.release_one("h1", "migrate");
+        deployment.until_reached("h1", "list").await;
+        assert_eq!(deployment.moved(), ["beta-c1 h1 h3"]);
+
+        if clean {
+            assert!(deployment.terminate(), "{}", deployment.log());
+        } else {
+            deployment.kill();
+        }
+        let hosts = ["h1", "h2", "h3"];
+        hosts.iter().for_each(|host| deployment.kill_monitor(host));
+        deployment.release();
+        deployment.start();
+        deployment.until("the gang is taken up", |deployment| deployment.log().matches("is not connected").count() >= 2).await;
+        hosts.iter().for_each(|host| deployment.start_monitor(host));
+        deployment.until("the gang is there", |deployment| deployment.nothing_moves() && deployment.halves().is_empty()).await;
+
+        let _ = asking.await;
+        for vm in ["beta-c1", "beta-c2", "beta-c3", "beta-c4"] {
+            assert_eq!(deployment.running(vm), ["h3"], "clean end: {clean}\n{}", deployment.log());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_end_leaves_a_move_to_the_next_manager() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    deployment.hold("h3", "prepare");
+    let socket = deployment.socket();
+    let request = AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h3".parse().unwrap() };
+    let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
+    deployment.until_reached("h3", "prepare").await;
+
+    assert!(deployment.terminate(), "{}", deployment.log());
+    deployment.release();
+    deployment.start();
+    deployment
+        .until("the move has ended", |deployment| {
+            !deployment.migrations().is_empty() && deployment.nothing_moves() && deployment.halves().is_empty()
+        })
+        .await;
+
+    let _ = asking.await;
+    let seen = &deployment.migrations()[0];
+    assert!(matches!(&seen.outcome, Outcome::Undone(why) if why.contains("restarted")), "{seen:?}");
+    assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_gang_that_fails_half_way_returns() {
     let deployment = crowded("act").await;
@@ -246,6 +308,15 @@ async fn an_environment_half_started_by_a_killed_manager_is_ended() {
     let request = AdaptRequest::EnvUp { spec, placement, image: None };
     let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
     deployment.until_reached("h2", "start").await;
+    // Meanwhile the policy is off, and says so.
+    deployment
+        .until("it is told", |deployment| match deployment.ask_blocking(&AdaptRequest::DecisionList { last: 9 }) {
+            Ok(AdaptReply::Decisions(list)) => {
+                list.iter().any(|seen| seen.refusals == ["nothing is decided: alpha is being started"])
+            }
+            _ => false,
+        })
+        .await;
 
     deployment.kill();
     deployment.release();
@@ -260,6 +331,115 @@ async fn an_environment_half_started_by_a_killed_manager_is_ended() {
         .await;
 
     let _ = asking.await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_could_not_be_stopped_is_not_started_a_second_time() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &[("c1", "h3")]).await;
+    deployment.kill_monitor("h3");
+    let down = AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() };
+    deployment.ask(down).await.unwrap();
+    // Also after a restart: it is on record.
+    deployment.kill();
+    deployment.start();
+    deployment.until("the others are back", |deployment| deployment.connected() == 2).await;
+
+    let words = deployment.try_up("alpha", &[("c1", "h1")]).await.unwrap_err();
+
+    assert!(words.contains("alpha-c1") && words.contains("h3, whose monitor is away"), "{words}");
+    assert_eq!(deployment.running("alpha-c1"), ["h3"]);
+    deployment.start_monitor("h3");
+    deployment.until("it is stopped", |deployment| deployment.log().contains("clearing up")).await;
+    deployment.until("it is gone", |deployment| deployment.running("alpha-c1").is_empty()).await;
+    let mut answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
+    while answer.as_ref().is_err_and(|words| words.contains("try again in a moment")) {
+        answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
+    }
+    assert_eq!(answer, Ok(AdaptReply::Done));
+    assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_access_namespace_that_could_not_be_closed_is_closed_when_its_monitor_is_back() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &[("c1", "h1"), ("c2", "h1"), ("head", "h2"), ("c3", "h1"), ("c4", "h1")]).await;
+    deployment.ask(AdaptRequest::Access { environment: "alpha".parse().unwrap() }).await.unwrap();
+    let moved = AdaptRequest::VmMigrate { vm: "alpha-head".parse().unwrap(), to: "h1".parse().unwrap() };
+    deployment.ask(moved).await.unwrap();
+    deployment.kill_monitor("h2");
+    deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+    deployment.ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() }).await.unwrap();
+
+    let words = deployment.try_up("alpha", &[]).await.unwrap_err();
+
+    assert!(words.contains("network.vni") && words.contains("may still lead on h2"), "{words}");
+    deployment.start_monitor("h2");
+    deployment
+        .until("it is closed", |deployment| deployment.table.lock().unwrap().log.iter().any(|told| told == "h2 close alpha"))
+        .await;
+    let mut answer = deployment.try_up("alpha", &[]).await;
+    while answer.as_ref().is_err_and(|words| words.contains("may still lead")) {
+        answer = deployment.try_up("alpha", &[]).await;
+    }
+    assert_eq!(answer, Ok(AdaptReply::Done));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_runs_twice_is_told_and_stays_on_record_where_it_was() {
+    let deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    let vm: violin_common::VmId = "alpha-c1".parse().unwrap();
+
+    deployment.table.lock().unwrap().vms.get_mut(&"h3".parse().unwrap()).unwrap().insert(vm.clone(), (VmState::Running, false));
+    deployment
+        .until("it is told", |deployment| match deployment.ask_blocking(&AdaptRequest::Why { vm: vm.clone() }) {
+            Ok(AdaptReply::Words(words)) => words.contains("alpha-c1 is on h1") && words.contains("it runs on h3 too"),
+            _ => false,
+        })
+        .await;
+
+    assert!(deployment.log().contains("alpha-c1 runs on h3 and on h1"), "{}", deployment.log());
+    deployment.table.lock().unwrap().vms.get_mut(&"h3".parse().unwrap()).unwrap().remove(&vm);
+    deployment
+        .until("it is no longer told", |deployment| match deployment.ask_blocking(&AdaptRequest::Why { vm: vm.clone() }) {
+            Ok(AdaptReply::Words(words)) => words.contains("alpha-c1 is on h1") && !words.contains("The last cycle refused"),
+            _ => false,
+        })
+        .await;
+    assert!(!deployment.log().contains("taking note"), "{}", deployment.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_takes_no_vm_for_which_it_has_no_memory_really_free() {
+    let deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+
+    deployment.table.lock().unwrap().memory_free_mib.insert("h3".parse().unwrap(), 255);
+    deployment
+        .until("it is known", |deployment| match deployment.ask_blocking(&AdaptRequest::HostList) {
+            Ok(AdaptReply::Hosts(hosts)) => hosts.iter().any(|host| host.memory_free_mib == 255),
+            _ => false,
+        })
+        .await;
+    let migrate = AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h3".parse().unwrap() };
+    let words = deployment.ask(migrate).await.unwrap_err();
+
+    assert!(words.contains("h3 would hold 256 MiB of 255 MiB"), "{words}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn demand_that_is_no_longer_observed_is_not_believed() {
+    let deployment = crowded("dry-run").await;
+    let score = |deployment: &Deployment| match deployment.ask_blocking(&AdaptRequest::HostList) {
+        Ok(AdaptReply::Hosts(hosts)) => hosts.iter().find(|host| host.host.as_str() == "h1").map(|host| host.score),
+        _ => None,
+    };
+    deployment.until("h1 is crowded", |deployment| score(deployment).is_some_and(|score| score > 1.0)).await;
+
+    deployment.table.lock().unwrap().blind.insert("h1".parse().unwrap());
+
+    deployment.until("nothing is known of its VMs", |deployment| score(deployment) == Some(0.0)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
