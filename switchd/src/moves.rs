@@ -8,6 +8,7 @@
 //! ```text
 //! Source  OWNED ─grant→ GRANTED ─VM stopped→ FENCED ─destination owns→ GONE
 //!         GRANTED ─abort + RELEASED(dest)→ OWNED        FENCED ─VM runs here again + RELEASED(dest)→ OWNED(+2)
+//!         either, aborted ─VM runs here, dest out of reach for PATIENCE→ OWNED(+2)
 //! Dest    ABSENT ─grant→ PREPARED ─VM runs here, source is fenced→ OWNED(+1)     PREPARED ─abort or expiry→ RELEASED
 //! Sender  DIRECT ─HOLD→ HOLD(lease) ─OWNED(+1)→ DIRECT     reserved in the protocol, not implemented
 //! ```
@@ -29,7 +30,7 @@ use violin_common::{Epoch, HostId, Instant, MacAddr, PortId, VmId, Vni};
 
 /// How long a source forwards late frames after the move.
 pub const TOMBSTONE: Duration = Duration::from_secs(300);
-/// How long a destination whose VM runs waits for an unreachable source.
+/// How long an end whose VM runs waits for an unreachable other end.
 pub const PATIENCE: Duration = Duration::from_secs(3);
 /// After this time a grant whose VM never ran is given back.
 pub const GRANT_EXPIRY: Duration = Duration::from_secs(3600);

@@ -82,6 +82,8 @@ impl Moves {
         }
         entry.running.get_or_insert(now);
         match entry.state {
+            // Of a grant that was aborted it says that the VM will not run at its destination.
+            MoveState::Granted if entry.given.as_ref().is_some_and(|given| given.aborting) => entry.stopped = false,
             MoveState::Owned | MoveState::Granted => (entry.stopped, entry.running) = (false, None),
             MoveState::Fenced => {
                 if let Some(given) = entry.given.as_mut() {
@@ -169,11 +171,24 @@ impl Moves {
                 self.announce(key, None);
             }
             MoveState::Granted => {
-                entry.given = None;
+                (entry.given, entry.running) = (None, None);
                 entry.enter(now, MoveState::Owned);
             }
             _ => {}
         }
+    }
+
+    /// An aborted grant whose destination cannot be reached, while the VM runs here: the MAC is ours again. The epoch is above
+    /// the grant's, so that a destination that comes back still PREPARED releases it.
+    fn take_back(&mut self, now: Instant, key: Key) {
+        let Some(entry) = self.entries.get_mut(&key) else { return };
+        let Some(given) = entry.given.take() else { return };
+        tracing::warn!(vni = %key.0, mac = %key.1, to = %given.to, "destination lost, and the VM runs here: its grant is void");
+        entry.own = given.epoch.after(1);
+        entry.refusal = Some(format!("{} could not be reached", given.to));
+        (entry.running, entry.stopped) = (None, false);
+        entry.enter(now, MoveState::Owned);
+        self.announce(key, None);
     }
 
     /// A peer is connected (again): what has not ended is told again.
@@ -213,6 +228,13 @@ impl Moves {
             if orphan && complete {
                 entry.claiming = Some(entry.highest().max(entry.released).after(1).max(Epoch::FIRST));
                 self.claim(now, key);
+                continue;
+            }
+            let deserted = entry.given.as_ref().is_some_and(|given| given.aborting && !connected(&given.to))
+                && matches!(entry.state, MoveState::Granted | MoveState::Fenced)
+                && entry.running.is_some_and(|since| now.since(since) >= PATIENCE);
+            if deserted {
+                self.take_back(now, key);
                 continue;
             }
             if let Some(got) = &entry.got {

@@ -26,6 +26,8 @@ struct World {
     /// Those that started anew and do not let their ports claim yet.
     unsettled: [bool; 3],
     next_port: u32,
+    /// Who is cut off from the others.
+    cut: Option<usize>,
 }
 
 impl World {
@@ -37,6 +39,7 @@ impl World {
             runs: Some(0),
             unsettled: [false; 3],
             next_port: 1,
+            cut: None,
         };
         world.port(0, Here { epoch: Epoch::FIRST });
         world.deliver_all();
@@ -60,7 +63,25 @@ impl World {
                 Effect::Duplicate { .. } => {}
             }
         }
-        self.wire.retain(|(_, to, _)| self.switches[*to].is_some());
+        self.wire.retain(|(from, to, _)| self.switches[*to].is_some() && self.cut != Some(*from) && self.cut != Some(*to));
+    }
+
+    /// Cuts a host off: connections to it end, and with them what is under way.
+    fn cut(&mut self, host: usize) {
+        self.heal();
+        self.cut = Some(host);
+        self.wire.retain(|(from, to, _)| *from != host && *to != host);
+    }
+
+    fn heal(&mut self) {
+        let Some(host) = self.cut.take() else { return };
+        for other in (0..3).filter(|other| *other != host) {
+            self.reconnect(host, other);
+        }
+    }
+
+    fn reachable(&self, a: usize, b: usize) -> bool {
+        self.switches[b].is_some() && self.cut != Some(a) && self.cut != Some(b)
     }
 
     fn port(&mut self, host: usize, ownership: Ownership) {
@@ -94,7 +115,7 @@ impl World {
     fn reconnect(&mut self, a: usize, b: usize) {
         self.wire.retain(|(from, to, _)| !(*from == a && *to == b || *from == b && *to == a));
         for (one, other) in [(a, b), (b, a)] {
-            if self.switches[other].is_none() {
+            if !self.reachable(one, other) {
                 continue;
             }
             let name: HostId = NAMES[other].parse().unwrap();
@@ -108,12 +129,12 @@ impl World {
 
     fn pass(&mut self, span: Duration) {
         self.now = self.now + span;
-        let up: Vec<bool> = self.switches.iter().map(Option::is_some).collect();
-        let complete = up.iter().all(|up| *up) && self.wire.is_empty();
+        let complete = self.switches.iter().all(Option::is_some) && self.cut.is_none() && self.wire.is_empty();
         for host in 0..3 {
             if std::mem::take(&mut self.unsettled[host]) {
                 self.at(host, Moves::settle);
             }
+            let up = [0, 1, 2].map(|other| self.reachable(host, other));
             self.at(host, |moves, now| {
                 let reachable = |peer: &HostId| NAMES.iter().position(|name| *name == peer.as_str()).is_some_and(|peer| up[peer]);
                 moves.tick(now, &reachable, complete);
@@ -284,6 +305,38 @@ fn a_source_that_died_fenced_does_not_keep_the_vm_mute() {
 }
 
 #[test]
+fn an_aborted_move_whose_destination_died_is_taken_back_where_the_vm_runs() {
+    for stopped in [true, false] {
+        let mut world = World::new();
+        world.port(1, Arriving);
+        world.grant(0, 1);
+        world.deliver_all();
+        if stopped {
+            world.hypervisor_stops();
+            world.deliver_all();
+        }
+        world.cut(1);
+
+        world.at(0, |moves, now| moves.abort(now, key()).unwrap());
+        world.pass(PATIENCE * 2);
+        assert_eq!(world.open(0), !stopped, "nobody has said that the VM runs here");
+        assert_ne!(world.state(0), Some(MoveState::Owned));
+        world.hypervisor_runs(0);
+        world.pass(PATIENCE / 2);
+        assert_ne!(world.state(0), Some(MoveState::Owned), "the destination may only be slow");
+        world.pass(PATIENCE);
+        assert_eq!(world.state(0), Some(MoveState::Owned));
+
+        world.heal();
+        world.deliver_all();
+        assert_eq!(world.state(1), Some(MoveState::Released), "it has not kept what is over");
+        world.grant(0, 1);
+        world.deliver_all();
+        assert_eq!((world.state(0), world.state(1)), (Some(MoveState::Granted), Some(MoveState::Prepared)));
+    }
+}
+
+#[test]
 fn a_source_that_started_anew_is_fenced_by_a_destination_it_has_forgotten() {
     let mut world = World::new();
     world.port(1, Arriving);
@@ -409,10 +462,14 @@ enum Act {
     Stop,
     Arrive(usize),
     Resume,
+    /// The monitor says again that the VM runs where it runs.
+    Again,
     RemovePort(usize),
     Crash(usize, bool),
     PutBack(usize),
     Pass(u64),
+    Cut(usize),
+    Heal,
 }
 
 fn act() -> impl Strategy<Value = Act> {
@@ -426,10 +483,13 @@ fn act() -> impl Strategy<Value = Act> {
         3 => Just(Act::Stop),
         3 => (0usize..3).prop_map(Act::Arrive),
         1 => Just(Act::Resume),
+        1 => Just(Act::Again),
         1 => (0usize..3).prop_map(Act::RemovePort),
         1 => (0usize..3, any::<bool>()).prop_map(|(host, at_once)| Act::Crash(host, at_once)),
         1 => (0usize..3).prop_map(Act::PutBack),
         1 => (0u64..4000).prop_map(Act::Pass),
+        1 => (0usize..3).prop_map(Act::Cut),
+        1 => Just(Act::Heal),
     ]
 }
 
@@ -481,12 +541,19 @@ fn play(acts: Vec<Act>) {
                     world.hypervisor_runs(host);
                 }
             }
+            Act::Again => {
+                if let Some(host) = world.runs {
+                    world.hypervisor_runs(host);
+                }
+            }
             Act::RemovePort(host) if world.runs != Some(host) && left != Some(host) => {
                 world.at(host, |moves, now| moves.port_removed(now, key()));
             }
             Act::Crash(host, at_once) => crash(&mut world, host, destination, at_once),
             Act::PutBack(host) => put_back(&mut world, host, destination),
             Act::Pass(ms) => world.pass(Duration::from_millis(ms)),
+            Act::Cut(host) => world.cut(host),
+            Act::Heal => world.heal(),
             _ => {}
         }
         world.check();
@@ -508,7 +575,9 @@ fn crash(world: &mut World, host: usize, destination: Option<usize>, at_once: bo
     world.wire.retain(|(from, to, _)| *from != host && *to != host);
     world.switches[host] = Some(Moves::new(NAMES[host].parse().unwrap()));
     world.unsettled[host] = true;
-    for other in (0..3).filter(|other| *other != host) {
+    // While it is cut off it claims alone, after a while.
+    let others: Vec<usize> = (0..3).filter(|other| *other != host && world.reachable(host, *other)).collect();
+    for other in others {
         let macs = world.switches[other].as_ref().map(|moves| moves.ours(&|_| true)).unwrap_or_default();
         let name: HostId = NAMES[other].parse().unwrap();
         world.at(host, |moves, now| moves.owned_heard(now, &name, true, &macs, &|_| true));
