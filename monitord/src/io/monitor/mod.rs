@@ -3,6 +3,7 @@
 //! All calls block; the link gives each command a thread. Commands for one VM follow each other (but for giving up a move
 //! and awaiting an arrival); what the hypervisor tells is handled at once beside them. Read [`start`], then [`moves`].
 
+mod doubt;
 mod events;
 mod moves;
 mod observe;

@@ -145,7 +145,7 @@ impl Monitor {
     }
 
     pub(super) fn migrate(
-        &self,
+        self: &Arc<Self>,
         vm: &VmId,
         to: &HostId,
         uri: &str,
@@ -165,7 +165,7 @@ impl Monitor {
         let mut figures = SourceFigures { began: clock::now(), ..SourceFigures::default() };
         self.change(vm, |vm| {
             vm.stopped = None;
-            vm.record.standing = Standing::Leaving { to: to.clone() };
+            vm.record.standing = Standing::Leaving { to: to.clone(), uri: uri.into() };
         });
         progress(Answer::Progress { part: Some(0.0), doing: format!("asking {to}'s switch to take over") });
         if let Err(error) = self.switch.tell(&SwitchRequest::MoveGrant { vni, mac, to: to.clone() }) {
@@ -183,12 +183,17 @@ impl Monitor {
                 self.departed(vm, to, &figures);
                 Ok(figures)
             }
+            Err(HypervisorError::Doubtful(words)) => {
+                self.change(vm, |vm| vm.state = VmState::Paused);
+                self.settle_later(vm);
+                Err(words)
+            }
             Err(error) => Err(self.stays(&known, &error.to_string())),
         }
     }
 
     /// Keeps the figures of a move away for a while.
-    fn departed(&self, vm: &VmId, to: &HostId, figures: &SourceFigures) {
+    pub(super) fn departed(&self, vm: &VmId, to: &HostId, figures: &SourceFigures) {
         let mut departed = lock(&self.departed);
         departed.retain(|_, (since, ..)| since.elapsed() < DEPARTED_LIMIT);
         departed.insert(vm.clone(), (Clock::now(), to.clone(), figures.clone()));
@@ -226,7 +231,7 @@ impl Monitor {
     }
 
     /// The hypervisor says that the VM is gone: waits until the destination's switch owns it, then clears away.
-    fn gone(&self, known: &Vm, figures: &mut SourceFigures) {
+    pub(super) fn gone(&self, known: &Vm, figures: &mut SourceFigures) {
         let vm = &known.record.spec.vm;
         // The event is on its way if it has not come yet: the hypervisor sent it before it said that it is done.
         let deadline = Clock::now() + Duration::from_secs(1);

@@ -87,6 +87,14 @@ impl Monitor {
                 tracing::warn!(vm = %vm, "ended while no monitor ran");
                 self.stop(vm)?;
             }
+            (Some(seen), Standing::Leaving { uri, .. })
+                if !uri.is_empty() && !seen.leaving && !matches!(seen.state, VmState::Running | VmState::Booting) =>
+            {
+                // Left paused: only the destination can say whether it runs there.
+                self.attach_if_lost(record, port)?;
+                self.change(vm, |vm| vm.state = VmState::Paused);
+                self.settle_later(vm);
+            }
             (Some(seen), Standing::Leaving { .. }) if seen.leaving => {
                 // The hypervisor carries the move on by itself; it is over when the VM is no longer here, or stays.
                 self.attach_if_lost(record, port)?;
