@@ -25,6 +25,10 @@ pub enum HypervisorError {
     /// No VM of that name here.
     #[error("no VM {0} on this host")]
     NotHere(VmId),
+    /// A move away failed, and the VM is known to run neither here nor there: nobody may be told that it does. What is known,
+    /// in words; [`Hypervisor::settle`] asks again.
+    #[error("{0}")]
+    Doubtful(String),
     /// The driver cannot do this at all.
     #[error("the {driver} driver cannot {what}")]
     Unsupported {
@@ -90,6 +94,19 @@ pub struct MoveStatistics {
     pub verbatim: Vec<(String, String)>,
 }
 
+/// Where a VM is whose move away failed or was lost sight of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// It runs here, and only here.
+    Here,
+    /// It runs at the destination, and nothing of it is left here.
+    There,
+    /// It is on neither host.
+    Nowhere,
+    /// Neither is known, or an operator has to decide; why, in words.
+    Unclear(String),
+}
+
 /// Whatever runs guests.
 pub trait Hypervisor: Send + Sync {
     /// `libvirt` or `sandbox`.
@@ -120,7 +137,8 @@ pub trait Hypervisor: Send + Sync {
     /// At the destination: undoes it, ending what arrived half.
     fn cancel_incoming(&self, vm: &VmId) -> Result<(), HypervisorError>;
 
-    /// At the source: moves a VM and returns when it runs at the destination and is gone here. On error it runs here.
+    /// At the source: moves a VM and returns when it runs at the destination and is gone here. On error it runs here, but for
+    /// [`HypervisorError::Doubtful`].
     /// `progress` is called now and then with the done part (0 to 1, if known) and what is being done.
     fn migrate(
         &self,
@@ -130,6 +148,10 @@ pub trait Hypervisor: Send + Sync {
         mode: MigrationMode,
         progress: &mut dyn FnMut(Option<f64>, &str),
     ) -> Result<MoveStatistics, HypervisorError>;
+
+    /// At the source, after a doubtful move or a restart in one: looks at both ends once, makes the VM run on here if it is
+    /// known to be nowhere else, and ends what is left here of one that runs there. `uri` is what [`Self::migrate`] was given.
+    fn settle(&self, vm: &VmId, uri: &str) -> Result<Whereabouts, HypervisorError>;
 
     /// At the source: asks to give up a move under way; [`Self::migrate`] then returns an error.
     fn abort(&self, vm: &VmId) -> Result<(), HypervisorError>;

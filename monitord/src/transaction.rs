@@ -14,6 +14,9 @@ pub enum Standing {
     Leaving {
         /// To this host.
         to: HostId,
+        /// What that host's hypervisor gave for the move; empty in records of earlier versions.
+        #[serde(default)]
+        uri: String,
     },
     /// Prepared for, does not run here yet.
     Arriving {
@@ -77,7 +80,7 @@ mod tests {
     use super::*;
 
     fn leaving() -> Standing {
-        Standing::Leaving { to: "h2".parse().unwrap() }
+        Standing::Leaving { to: "h2".parse().unwrap(), uri: String::new() }
     }
 
     #[test]
@@ -97,6 +100,11 @@ mod tests {
     #[test]
     fn a_vm_that_left_is_fenced_even_if_its_stop_was_missed() {
         assert_eq!(on_change(&leaving(), Change::Ended), Some(Fabric::Stopped));
+    }
+
+    #[test]
+    fn a_record_of_a_leaving_vm_without_a_uri_is_read() {
+        assert_eq!(serde_json::from_str::<Standing>(r#"{"leaving":{"to":"h2"}}"#).unwrap(), leaving());
     }
 
     #[test]

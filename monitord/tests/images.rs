@@ -17,7 +17,11 @@ const LARGE: usize = 3_000_001;
 
 /// Writes an image into a store; returns its digest.
 fn image(store: &Path) -> ImageDigest {
-    let content = |name: &str| if name == "root.img" { vec![7; LARGE] } else { name.as_bytes().to_vec() };
+    image_of(store, 7)
+}
+
+fn image_of(store: &Path, byte: u8) -> ImageDigest {
+    let content = |name: &str| if name == "root.img" { vec![byte; LARGE] } else { name.as_bytes().to_vec() };
     let entry = |name: &str| {
         let bytes = content(name);
         Entry { name: name.into(), size: bytes.len() as u64, sha256: hex(&Sha256::digest(&bytes)) }
@@ -84,6 +88,29 @@ fn an_image_is_fetched_whole_and_found_from_then_on() {
     assert_eq!(std::fs::read(&files.root).unwrap(), vec![7; LARGE]);
     assert_eq!(images.list(), std::slice::from_ref(&digest));
     images.ensure(&digest, &[], &mut |_, _| panic!("fetched again")).unwrap();
+}
+
+#[test]
+fn a_fetch_keeps_neither_images_that_are_here_nor_other_fetches_waiting() {
+    let world = World::new();
+    let digest = image(&world.dir.path().join("h1"));
+    let (here, nowhere) = (image_of(&world.dir.path().join("h2"), 8), image_of(&world.dir.path().join("other"), 9));
+    let source = world.serve("h1");
+    let images = world.fetcher("h2", source);
+    let mut in_the_fetch = None;
+
+    let fetched = images.ensure(&digest, &[source], &mut |_, _| {
+        let (images, here, nowhere) = (Arc::clone(&images), here.clone(), nowhere.clone());
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let found = images.ensure(&here, &[], &mut |_, _| {}).is_ok();
+            let _ = sender.send(found && images.ensure(&nowhere, &[], &mut |_, _| {}).is_err());
+        });
+        in_the_fetch = in_the_fetch.or_else(|| Some(receiver.recv_timeout(std::time::Duration::from_secs(5)).ok()));
+    });
+
+    assert!(fetched.is_ok());
+    assert_eq!(in_the_fetch, Some(Some(true)));
 }
 
 #[test]

@@ -4,14 +4,19 @@
 mod fake;
 
 use fake::{Host, LIMIT, ask, until};
-use monitord::hypervisor::{Change, HypervisorError};
+use monitord::hypervisor::{Change, HypervisorError, Whereabouts};
 use monitord::io::record::Records;
 use monitord::transaction::Standing;
+use std::sync::atomic::Ordering;
 use violin_common::api::switch::MoveState;
-use violin_common::control::monitor::{Answer, Command, MigrationMode, VmState};
+use violin_common::control::monitor::{Answer, Command, MigrationMode, VmSeen, VmState};
 
 fn arriving() -> Standing {
     Standing::Arriving { uri: "fake:".into() }
+}
+
+fn leaving() -> Standing {
+    Standing::Leaving { to: "h2".parse().unwrap(), uri: "fake:".into() }
 }
 
 #[test]
@@ -77,11 +82,52 @@ fn an_arrived_vm_that_was_not_owned_before_the_monitor_died_is_owned_in_the_end(
 #[test]
 fn a_vm_whose_move_is_under_way_keeps_no_other_waiting() {
     let host = Host::new();
-    host.left_behind(1, Standing::Leaving { to: "h2".parse().unwrap() }, VmState::Running);
+    host.left_behind(1, leaving(), VmState::Running);
     host.hypervisor.list.lock().unwrap()[0].leaving = true;
     let other = host.left_behind(2, Standing::Here, VmState::Running);
 
     let _monitor = host.monitor();
 
     until("the other's port is there", LIMIT, || host.has_port(&other));
+}
+
+#[test]
+fn a_vm_left_paused_in_a_move_is_called_running_by_nobody_until_it_runs() {
+    let host = Host::new();
+    let spec = host.left_behind(1, leaving(), VmState::Paused);
+    let monitor = host.monitor();
+    until("the destination was asked twice", LIMIT, || host.hypervisor.looks.load(Ordering::SeqCst) > 1);
+    assert!(!host.switch.lock().unwrap().was_told_running());
+    let vm = spec.vm.clone();
+    let doubtful = VmSeen { vm: vm.clone(), state: VmState::Paused, leaving: true };
+    assert_eq!(ask(&monitor, Command::List), Answer::Vms(vec![doubtful.clone()]));
+    assert_eq!(monitor.known(), [doubtful]);
+
+    host.has(&spec, VmState::Running);
+    *host.hypervisor.whereabouts.lock().unwrap() = Whereabouts::Here;
+
+    let runs = VmSeen { vm, state: VmState::Running, leaving: false };
+    until("it is known to run here", LIMIT, || monitor.known() == [runs.clone()]);
+    assert!(host.switch.lock().unwrap().was_told_running());
+}
+
+#[test]
+fn a_vm_whose_move_ended_in_doubt_is_cleared_away_when_it_runs_there() {
+    let host = Host::new();
+    let spec = host.left_behind(1, Standing::Here, VmState::Running);
+    let monitor = host.monitor();
+    until("its port is there", LIMIT, || host.has_port(&spec));
+    let migrate =
+        Command::Migrate { vm: spec.vm.clone(), to: "h2".parse().unwrap(), uri: "fake:".into(), mode: MigrationMode::PreCopy };
+    host.outcomes.send(Err(HypervisorError::Doubtful("nobody knows".into()))).unwrap();
+    assert_eq!(ask(&monitor, migrate.clone()), Answer::Failed("nobody knows".into()));
+    assert!(!host.switch.lock().unwrap().was_told_running());
+    assert_eq!(monitor.known(), [VmSeen { vm: spec.vm.clone(), state: VmState::Paused, leaving: true }]);
+
+    *host.hypervisor.whereabouts.lock().unwrap() = Whereabouts::There;
+    host.gone_elsewhere(&spec);
+
+    until("it is no longer known here", LIMIT, || monitor.known().is_empty());
+    assert!(!host.has_port(&spec));
+    assert!(matches!(ask(&monitor, migrate), Answer::Migrated(_)));
 }

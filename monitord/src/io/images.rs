@@ -4,6 +4,7 @@
 //! whole. Over the wire: the asker opens a stream and sends an [`Ask`]; the answer is a frame with the length or the reason why not, then
 //! the bytes.
 
+use super::each::OneEach;
 use crate::hypervisor::ImageFiles;
 use crate::images::{Entry, FILE_LIMIT, MANIFEST, MANIFEST_LIMIT, Manifest, hex};
 use serde::{Deserialize, Serialize};
@@ -12,7 +13,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use violin_channel::frame;
@@ -58,8 +59,8 @@ pub enum ImageError {
 pub struct Images {
     store: PathBuf,
     endpoint: Option<(Endpoint, tokio::runtime::Handle)>,
-    /// One fetch at a time: two starts of the same image fetch it once.
-    fetching: Mutex<()>,
+    /// One fetch of an image at a time: two starts of the same one fetch it once.
+    fetching: OneEach<ImageDigest>,
 }
 
 impl Images {
@@ -73,7 +74,7 @@ impl Images {
                 fs::remove_dir_all(path)?;
             }
         }
-        Ok(Self { store: store.to_owned(), endpoint, fetching: Mutex::new(()) })
+        Ok(Self { store: store.to_owned(), endpoint, fetching: OneEach::default() })
     }
 
     /// Images that are here.
@@ -113,7 +114,19 @@ impl Images {
         sources: &[SocketAddr],
         tell: &mut dyn FnMut(Option<f64>, String),
     ) -> Result<ImageFiles, ImageError> {
-        let _one = self.fetching.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(files) = self.find(digest) {
+            return Ok(files);
+        }
+        self.fetching.alone(digest, || self.fetch(digest, sources, tell))
+    }
+
+    fn fetch(
+        &self,
+        digest: &ImageDigest,
+        sources: &[SocketAddr],
+        tell: &mut dyn FnMut(Option<f64>, String),
+    ) -> Result<ImageFiles, ImageError> {
+        // Another start may have fetched it meanwhile.
         let mut tried = match self.find(digest) {
             Ok(files) => return Ok(files),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),

@@ -3,6 +3,7 @@
 mod access;
 pub mod cgroup;
 pub mod clock;
+mod each;
 pub mod images;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;

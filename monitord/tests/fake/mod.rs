@@ -2,15 +2,18 @@
 #![allow(dead_code)] // Each test program uses its part.
 #![allow(unreachable_pub)] // A test program has no outside.
 
-use monitord::hypervisor::{Change, Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Usage};
+use monitord::hypervisor::{
+    Change, Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Usage, Whereabouts,
+};
 use monitord::io::images::Images;
 use monitord::io::monitor::{Monitor, Parts};
 use monitord::io::record::{Record, Records};
 use monitord::transaction::Standing;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -38,6 +41,8 @@ pub fn until(what: &str, limit: Duration, mut fact: impl FnMut() -> bool) {
 pub struct SwitchState {
     pub ports: Vec<PortSeen>,
     moves: HashMap<MacAddr, MoveState>,
+    /// MACs another switch owns, whatever happens here.
+    elsewhere: HashSet<MacAddr>,
     pub told: Vec<SwitchRequest>,
 }
 
@@ -83,7 +88,7 @@ impl SwitchState {
             SwitchRequest::MoveRunning { mac, .. } | SwitchRequest::MoveAbort { mac, .. } => step(mac, MoveState::Owned),
             SwitchRequest::MoveStatus { mac, .. } => match self.moves.get(&mac) {
                 Some(state) => Response::Ok(SwitchReply::Move(MoveSeen {
-                    state: *state,
+                    state: if self.elsewhere.contains(&mac) { MoveState::Gone } else { *state },
                     epoch: Epoch::FIRST,
                     host: None,
                     entered: Vec::new(),
@@ -108,6 +113,10 @@ fn serve(stream: &UnixStream, state: &Mutex<SwitchState>) {
 #[derive(Debug)]
 pub struct Fake {
     pub list: Mutex<Vec<VmSeen>>,
+    /// Answer to `settle`.
+    pub whereabouts: Mutex<Whereabouts>,
+    /// How often that was asked for.
+    pub looks: AtomicUsize,
     /// Answers to `migrate`, which blocks until there is one.
     outcomes: Mutex<Receiver<Result<MoveStatistics, HypervisorError>>>,
     events: Mutex<Option<Receiver<HypervisorEvent>>>,
@@ -153,6 +162,11 @@ impl Hypervisor for Fake {
     ) -> Result<MoveStatistics, HypervisorError> {
         self.outcomes.lock().unwrap().recv_timeout(LIMIT).expect("the test says how the move ends")
     }
+    fn settle(&self, _: &VmId, uri: &str) -> Result<Whereabouts, HypervisorError> {
+        assert_eq!(uri, "fake:");
+        self.looks.fetch_add(1, Ordering::SeqCst);
+        Ok(self.whereabouts.lock().unwrap().clone())
+    }
     fn abort(&self, _: &VmId) -> Result<(), HypervisorError> {
         Ok(())
     }
@@ -195,6 +209,8 @@ impl Host {
         let (outcomes, ends) = channel();
         let hypervisor = Arc::new(Fake {
             list: Mutex::default(),
+            whereabouts: Mutex::new(Whereabouts::Unclear("as the test has it".into())),
+            looks: AtomicUsize::new(0),
             outcomes: Mutex::new(ends),
             events: Mutex::new(Some(receiver)),
             dir: dir.path().to_owned(),
@@ -222,6 +238,11 @@ impl Host {
     pub fn tell(&self, spec: &VmSpec, change: Change) {
         let at = monitord::io::clock::now();
         self.events.send(HypervisorEvent { vm: spec.vm.clone(), at, change }).unwrap();
+    }
+
+    /// The destination's switch owns its MAC.
+    pub fn gone_elsewhere(&self, spec: &VmSpec) {
+        self.switch.lock().unwrap().elsewhere.insert(spec.mac);
     }
 
     /// Starts the monitor.

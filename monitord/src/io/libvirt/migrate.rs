@@ -9,7 +9,7 @@ use super::events::lock;
 use super::parameters::{Parameter, number};
 use super::sys::{Connection, Domain, Failure};
 use super::{Libvirt, is_gone, refused};
-use crate::hypervisor::{HypervisorError, MoveStatistics};
+use crate::hypervisor::{HypervisorError, MoveStatistics, Whereabouts};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::IpAddr;
@@ -140,8 +140,27 @@ pub(super) fn migrate(
             let why = if leaving.abort.load(Ordering::SeqCst) { "given up as asked" } else { "failed" };
             Err(refuse(format!("{why}: {failure}")))
         }
-        Place::Unknown(where_now) => Err(refuse(format!("failed: {failure}; THE VM DOES NOT RUN HERE: {where_now}"))),
+        Place::Nowhere => Err(doubtful(vm, to, &failure, "it is on neither host; start it again")),
+        Place::Unknown(where_now) => Err(doubtful(vm, to, &failure, &where_now)),
     }
+}
+
+fn doubtful(vm: &VmId, to: &HostId, failure: &Failure, where_now: &str) -> HypervisorError {
+    HypervisorError::Doubtful(format!("moving {vm} to {to}: failed: {failure}; THE VM DOES NOT RUN HERE: {where_now}"))
+}
+
+/// One look at both ends after a move that was lost sight of.
+pub(super) fn whereabouts(driver: &Libvirt, vm: &VmId, uri: &str) -> Result<Whereabouts, HypervisorError> {
+    let incoming: Incoming = serde_json::from_str(uri).map_err(|error| HypervisorError::Refused {
+        asked: format!("finding out where {vm} is"),
+        said: format!("got {uri:?} ({error}), want what the destination answered to prepare"),
+    })?;
+    Ok(match look(driver, vm, &incoming.connect) {
+        Ok(Place::Here) => Whereabouts::Here,
+        Ok(Place::There) => Whereabouts::There,
+        Ok(Place::Nowhere) => Whereabouts::Nowhere,
+        Ok(Place::Unknown(words)) | Err(words) => Whereabouts::Unclear(words),
+    })
 }
 
 pub(super) fn abort(driver: &Libvirt, vm: &VmId) -> Result<(), HypervisorError> {
@@ -242,6 +261,7 @@ fn is_broken_postcopy(domain: &Domain) -> bool {
 enum Place {
     Here,
     There,
+    Nowhere,
     Unknown(String),
 }
 
@@ -304,7 +324,7 @@ fn look(driver: &Libvirt, vm: &VmId, connect: &str) -> Result<Place, String> {
             paused.resume().map_err(|failure| format!("it is paused here and did not resume: {failure}"))?;
             Err("it was resumed here".into()) // the next look confirms it
         }
-        (None, None) => Ok(Place::Unknown("it is on neither host; start it again".into())),
+        (None, None) => Ok(Place::Nowhere),
         (_, Some(state)) => Err(format!("the destination has it in libvirt state {state}")),
     }
 }

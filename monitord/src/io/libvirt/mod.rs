@@ -12,7 +12,7 @@ mod parameters;
 mod sys;
 mod tap;
 
-use crate::hypervisor::{Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Usage};
+use crate::hypervisor::{Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Usage, Whereabouts};
 use domain::Places;
 use events::{Session, Sink, lock, ours};
 use link::Link;
@@ -299,6 +299,10 @@ impl Hypervisor for Libvirt {
         progress: &mut dyn FnMut(Option<f64>, &str),
     ) -> Result<MoveStatistics, HypervisorError> {
         migrate::migrate(self, vm, to, uri, mode, progress)
+    }
+
+    fn settle(&self, vm: &VmId, uri: &str) -> Result<Whereabouts, HypervisorError> {
+        migrate::whereabouts(self, vm, uri)
     }
 
     fn abort(&self, vm: &VmId) -> Result<(), HypervisorError> {

@@ -33,13 +33,19 @@ impl Monitor {
         std::thread::spawn(move || {
             let mut queues: HashMap<VmId, Sender<HypervisorEvent>> = HashMap::new();
             for event in events {
+                // Those of VMs that are gone end with their last event.
+                queues.retain(|vm, _| lock(&monitor.vms).contains_key(vm));
+                if !lock(&monitor.vms).contains_key(&event.vm) {
+                    tracing::debug!(vm = %event.vm, change = ?event.change, "event of a VM not known here");
+                    continue;
+                }
                 let queue = queues.entry(event.vm.clone()).or_insert_with(|| {
                     let (queue, own) = channel::<HypervisorEvent>();
                     let monitor = Arc::clone(&monitor);
                     std::thread::spawn(move || own.into_iter().for_each(|event| monitor.on_event(&event)));
                     queue
                 });
-                // Its thread ends only with this one.
+                // Its thread ends only with its queue.
                 let _ = queue.send(event);
             }
         });

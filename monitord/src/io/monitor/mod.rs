@@ -3,6 +3,7 @@
 //! All calls block; the link gives each command a thread. Commands for one VM follow each other (but for giving up a move
 //! and awaiting an arrival); what the hypervisor tells is handled at once beside them. Read [`start`], then [`moves`].
 
+mod doubt;
 mod events;
 mod moves;
 mod observe;
@@ -11,6 +12,7 @@ mod start;
 
 use super::access::Accesses;
 use super::cgroup::HostGroup;
+use super::each::OneEach;
 use super::images::Images;
 use super::record::{Record, Records};
 use super::switch::Switch;
@@ -40,9 +42,9 @@ pub struct Monitor {
     /// Told whenever `vms` changes in a way somebody may wait for.
     changed: Condvar,
     /// One command at a time for each VM.
-    locks: Mutex<HashMap<VmId, Arc<Mutex<()>>>>,
-    /// Moves away that are over, for the manager that asks again.
-    departed: Mutex<HashMap<VmId, (HostId, SourceFigures)>>,
+    locks: OneEach<VmId>,
+    /// Moves away that are over, and when they were, for the manager that asks again.
+    departed: Mutex<HashMap<VmId, (Clock, HostId, SourceFigures)>>,
     /// Whether the quota stands as it should.
     quota: Mutex<Option<Option<f64>>>,
 }
@@ -111,7 +113,7 @@ impl Monitor {
             reports: broadcast::channel(1024).0,
             vms: Mutex::default(),
             changed: Condvar::new(),
-            locks: Mutex::default(),
+            locks: OneEach::default(),
             departed: Mutex::default(),
             quota: Mutex::default(),
             config,
@@ -209,9 +211,7 @@ impl Monitor {
 
     /// Runs `work` while no other command for this VM runs.
     fn alone<T>(&self, vm: &VmId, work: impl FnOnce() -> T) -> T {
-        let mutex = Arc::clone(lock(&self.locks).entry(vm.clone()).or_default());
-        let _guard = lock(&mutex);
-        work()
+        self.locks.alone(vm, work)
     }
 
     /// What the hypervisor has, with what only the monitor knows: whether a guest still boots, whether it leaves.

@@ -22,6 +22,8 @@ const FABRIC_LIMIT: Duration = Duration::from_secs(20);
 const CANCEL_PAUSE: Duration = Duration::from_secs(1);
 /// How long an arrival is awaited; a large VM over a slow path needs its time, and cancelling ends the wait at once.
 const ARRIVAL_LIMIT: Duration = Duration::from_secs(3600);
+/// How long the figures of a move away are kept; a manager that lost the answer asks within minutes of its restart.
+const DEPARTED_LIMIT: Duration = Duration::from_secs(3600);
 
 impl Monitor {
     pub(super) fn prepare(
@@ -143,7 +145,7 @@ impl Monitor {
     }
 
     pub(super) fn migrate(
-        &self,
+        self: &Arc<Self>,
         vm: &VmId,
         to: &HostId,
         uri: &str,
@@ -152,7 +154,7 @@ impl Monitor {
     ) -> Result<SourceFigures, Trouble> {
         let Some(known) = lock(&self.vms).get(vm).cloned() else {
             return match lock(&self.departed).get(vm) {
-                Some((there, figures)) if there == to => Ok(figures.clone()),
+                Some((_, there, figures)) if there == to => Ok(figures.clone()),
                 _ => Err(format!("{vm} is not on this host")),
             };
         };
@@ -163,7 +165,7 @@ impl Monitor {
         let mut figures = SourceFigures { began: clock::now(), ..SourceFigures::default() };
         self.change(vm, |vm| {
             vm.stopped = None;
-            vm.record.standing = Standing::Leaving { to: to.clone() };
+            vm.record.standing = Standing::Leaving { to: to.clone(), uri: uri.into() };
         });
         progress(Answer::Progress { part: Some(0.0), doing: format!("asking {to}'s switch to take over") });
         if let Err(error) = self.switch.tell(&SwitchRequest::MoveGrant { vni, mac, to: to.clone() }) {
@@ -178,11 +180,23 @@ impl Monitor {
                 figures.hypervisor_downtime_ms = statistics.downtime_ms;
                 figures.hypervisor_statistics = statistics.verbatim;
                 self.gone(&known, &mut figures);
-                lock(&self.departed).insert(vm.clone(), (to.clone(), figures.clone()));
+                self.departed(vm, to, &figures);
                 Ok(figures)
+            }
+            Err(HypervisorError::Doubtful(words)) => {
+                self.change(vm, |vm| vm.state = VmState::Paused);
+                self.settle_later(vm);
+                Err(words)
             }
             Err(error) => Err(self.stays(&known, &error.to_string())),
         }
+    }
+
+    /// Keeps the figures of a move away for a while.
+    pub(super) fn departed(&self, vm: &VmId, to: &HostId, figures: &SourceFigures) {
+        let mut departed = lock(&self.departed);
+        departed.retain(|_, (since, ..)| since.elapsed() < DEPARTED_LIMIT);
+        departed.insert(vm.clone(), (Clock::now(), to.clone(), figures.clone()));
     }
 
     /// The hypervisor failed or the grant was refused: the VM runs on here. Returns why, and how the fabric stands.
@@ -217,7 +231,7 @@ impl Monitor {
     }
 
     /// The hypervisor says that the VM is gone: waits until the destination's switch owns it, then clears away.
-    fn gone(&self, known: &Vm, figures: &mut SourceFigures) {
+    pub(super) fn gone(&self, known: &Vm, figures: &mut SourceFigures) {
         let vm = &known.record.spec.vm;
         // The event is on its way if it has not come yet: the hypervisor sent it before it said that it is done.
         let deadline = Clock::now() + Duration::from_secs(1);

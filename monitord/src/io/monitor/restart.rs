@@ -87,6 +87,14 @@ impl Monitor {
                 tracing::warn!(vm = %vm, "ended while no monitor ran");
                 self.stop(vm)?;
             }
+            (Some(seen), Standing::Leaving { uri, .. })
+                if !uri.is_empty() && !seen.leaving && !matches!(seen.state, VmState::Running | VmState::Booting) =>
+            {
+                // Left paused: only the destination can say whether it runs there.
+                self.attach_if_lost(record, port)?;
+                self.change(vm, |vm| vm.state = VmState::Paused);
+                self.settle_later(vm);
+            }
             (Some(seen), Standing::Leaving { .. }) if seen.leaving => {
                 // The hypervisor carries the move on by itself; it is over when the VM is no longer here, or stays.
                 self.attach_if_lost(record, port)?;
@@ -136,30 +144,30 @@ impl Monitor {
             .map(|vm| vm.record.clone())
             .collect();
         for record in lost {
-            let vm = &record.spec.vm;
-            let mutex = Arc::clone(lock(&self.locks).entry(vm.clone()).or_default());
-            let guard = mutex.try_lock();
-            let wants_port = lock(&self.vms).get(vm).is_some_and(|known| {
-                // A command at work on this VM knows better what its port should be; but a move away may copy memory for
-                // many minutes, while the VM runs here.
-                known.record == record && (guard.is_ok() || is_being_copied(known))
-            });
-            if !wants_port {
-                continue;
-            }
-            // The list may be older than the port.
-            if self.switch.ports().map_or(true, |ports| port_of(&ports, vm).is_some()) {
-                continue;
-            }
-            tracing::warn!(vm = %vm, epoch = ?record.epoch, "the switch has lost this VM's port; making it again");
-            if let Err(error) = self.attach(&record) {
-                tracing::warn!(vm = %vm, %error, "making the port again; trying again next time");
-            }
-            if guard.is_err() {
-                self.overtaken(&record);
-            }
+            self.locks.at_once(&record.spec.vm, |alone| self.heal_one(&record, alone));
         }
         self.accesses.heal(ports);
+    }
+
+    /// Makes a lost port again; `alone`: no command for its VM is at work.
+    fn heal_one(&self, record: &Record, alone: bool) {
+        let vm = &record.spec.vm;
+        let wants_port = lock(&self.vms).get(vm).is_some_and(|known| {
+            // A command at work on this VM knows better what its port should be; but a move away may copy memory for
+            // many minutes, while the VM runs here.
+            known.record == *record && (alone || is_being_copied(known))
+        });
+        // The list may be older than the port.
+        if !wants_port || self.switch.ports().map_or(true, |ports| port_of(&ports, vm).is_some()) {
+            return;
+        }
+        tracing::warn!(vm = %vm, epoch = ?record.epoch, "the switch has lost this VM's port; making it again");
+        if let Err(error) = self.attach(record) {
+            tracing::warn!(vm = %vm, %error, "making the port again; trying again next time");
+        }
+        if !alone {
+            self.overtaken(record);
+        }
     }
 
     /// What the move told the switch while its VM's port was being made again found no port: does it now.

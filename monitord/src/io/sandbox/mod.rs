@@ -12,7 +12,7 @@ mod store;
 use super::cgroup::{GuestGroup, Hierarchies};
 use super::netlink::Netlink;
 use super::{clock, proc};
-use crate::hypervisor::{Change, Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Usage};
+use crate::hypervisor::{Change, Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Usage, Whereabouts};
 use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
 use std::fs::{self, File};
@@ -318,6 +318,17 @@ impl Hypervisor for Sandbox {
         progress: &mut dyn FnMut(Option<f64>, &str),
     ) -> Result<MoveStatistics, HypervisorError> {
         self.hand_over(vm, to, uri, progress)
+    }
+
+    fn settle(&self, vm: &VmId, _uri: &str) -> Result<Whereabouts, HypervisorError> {
+        let place = self.0.store.place(vm).map_err(refused(format!("finding out where {vm} is")))?;
+        Ok(match place {
+            None => Whereabouts::Nowhere,
+            Some(Place::At(host)) if host != self.0.config.host => Whereabouts::There,
+            Some(Place::To(host)) => Whereabouts::Unclear(format!("it is offered to {host}")),
+            Some(Place::At(_)) if self.0.groups(vm).is_frozen().unwrap_or(false) => Whereabouts::Unclear("it is frozen".into()),
+            Some(Place::At(_)) => Whereabouts::Here,
+        })
     }
 
     fn abort(&self, vm: &VmId) -> Result<(), HypervisorError> {
