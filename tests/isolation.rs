@@ -115,13 +115,20 @@ fn no_frame_of_the_host_reaches_a_guest() {
     fabric.carry(&network(7));
     let guest = fabric.hosts[0].guest(7, A);
 
-    // What makes a host speak: an address and a multicast member on the interface, link changes, router solicitation.
+    // What makes a host speak: link changes, and an address that somebody (DHCP) adds later, with a subnet to ask around in.
     let host = &fabric.hosts[0];
     host.netns.run("ip", &format!("link set {} down", guest.interface));
     host.netns.run("ip", &format!("link set {} up", guest.interface));
-    host.netns.run("busybox", "ping -c 2 -W 1 10.99.0.200");
+    host.netns.ip(&format!("addr add 192.0.2.1/24 dev {}", guest.interface));
+    let route = host.netns.run("ip", "route get 192.0.2.2").stdout;
+    assert!(String::from_utf8_lossy(&route).contains(&guest.interface), "the host would speak elsewhere");
+    host.netns.run("busybox", "ping -c 2 -W 1 192.0.2.2");
 
-    assert_eq!(guest.wire.count(Duration::from_secs(3), |_| true), 0, "the host spoke to the guest");
+    assert_eq!(guest.wire.count(Duration::from_secs(1), |_| true), 0, "the host spoke to the guest");
+
+    let other = host.guest(7, B);
+    other.wire.send(&labelled(MacAddr::BROADCAST, other.mac, "control"));
+    assert!(guest.wire.receive(SOON, |frame| has_label(frame, "control")).is_some(), "nothing at all reaches this guest");
 }
 
 #[test]

@@ -48,7 +48,7 @@ reasons! {
     NoNetwork = "no-network",
     /// The place is a port or peer that has gone since the FDB was written, or a peer that carries the network no more.
     Gone = "gone",
-    /// The port's interface is not there (yet), and its waiting queue is full or it may not wait.
+    /// The port's interface is not there (yet), and its waiting queue is full or it may not wait; or the port went first.
     NotAttached = "not-attached",
     /// The frame waited for an interface longer than it was worth.
     WaitedTooLong = "waited-too-long",
@@ -67,7 +67,7 @@ reasons! {
     TunnelBusy = "tunnel-busy",
     /// The underlay refused a datagram.
     TunnelError = "tunnel-error",
-    /// A datagram on the mesh port is neither QUIC nor of the mesh format.
+    /// A datagram on the mesh port is neither QUIC nor of the mesh format, or of QUIC and larger than QUIC's are here.
     BadDatagram = "bad-datagram",
     /// A datagram of a kind that this version does not handle.
     UnknownKind = "unknown-kind",

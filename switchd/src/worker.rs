@@ -177,6 +177,7 @@ impl Worker {
         let Ok(offload) = frame.offload else { return self.counters.drops.count(DropReason::Segmentation) };
         let held = self.held.entry(slot).or_insert_with(|| Held { id: port.id, bytes: 0, frames: VecDeque::new() });
         if held.id != port.id {
+            self.counters.drops.add(DropReason::GateClosed, held.frames.len() as u64);
             *held = Held { id: port.id, bytes: 0, frames: VecDeque::new() };
         }
         if held.frames.len() >= HOLD_FRAMES || held.bytes + frame.bytes.len() > HOLD_BYTES {
@@ -191,10 +192,10 @@ impl Worker {
         if self.held.is_empty() {
             return;
         }
-        let (Some(held), Some((port, network))) = (self.held.remove(&slot), port_of(tables, slot)) else { return };
-        if held.id != port.id {
+        let Some(held) = self.held.remove(&slot) else { return };
+        let Some((port, network)) = port_of(tables, slot).filter(|(port, _)| port.id == held.id) else {
             return self.counters.drops.add(DropReason::GateClosed, held.frames.len() as u64);
-        }
+        };
         let mut frames = held.frames;
         let mut frames: Vec<_> =
             frames.iter_mut().map(|(offload, bytes)| Frame { offload: Ok(*offload), bytes: bytes.as_mut_slice() }).collect();

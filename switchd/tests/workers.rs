@@ -440,3 +440,14 @@ fn what_is_said_on_hold_leaves_in_order_when_the_gate_opens() {
     worker.tables_changed(NOW, tables, out);
     assert_eq!((carry(&mut all), all[0].counters.drops.of(DropReason::GateClosed)), (0, 1));
 }
+
+#[test]
+fn what_a_removed_port_had_on_hold_is_counted_when_its_slot_has_another() {
+    let mut all = hosts(2, 1400, 1472);
+    all[0].tables.ports[0].as_mut().unwrap().gate = Gate::Hold;
+    for id in [1, 2] {
+        all[0].tables.ports[0].as_mut().unwrap().id = PortId(id);
+        all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
+    }
+    assert_eq!(all[0].counters.drops.of(DropReason::GateClosed), 1);
+}

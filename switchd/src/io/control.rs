@@ -146,6 +146,11 @@ pub async fn run(parts: Parts, mut inputs: mpsc::UnboundedReceiver<Input>, mut w
 async fn admit_callers(endpoint: Endpoint, events: mpsc::Sender<LinkEvent>, counters: Arc<ControlCounters>) {
     let under_way = Arc::new(tokio::sync::Semaphore::new(CALLERS));
     while let Some(incoming) = endpoint.accept().await {
+        if !incoming.remote_address_validated() {
+            // One round trip more, and nobody holds a place under an address that is not theirs.
+            let _ = incoming.retry();
+            continue;
+        }
         let Ok(permit) = Arc::clone(&under_way).try_acquire_owned() else {
             counters.refused_callers.fetch_add(1, Ordering::Relaxed);
             incoming.refuse();

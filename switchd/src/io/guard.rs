@@ -1,12 +1,16 @@
 //! A packet port owns its interface: the host's own stack neither hears nor speaks there.
 //!
 //! An nft `netdev` chain with policy *drop* stops what comes in before the stack sees it; packet sockets are asked earlier
-//! and still get every frame. IPv6 is off, IPv4 addresses are gone, so the stack has nothing to say either. The chain
-//! outlives the daemon (fail closed) and is taken over by the next one.
+//! and still get every frame. IPv6 is off, IPv4 addresses are gone, so the stack has nothing to say either; should it get an
+//! address later, another chain drops what it says (Linux 5.16). Our own frames pass there too, PACKET_QDISC_BYPASS or not, and
+//! are known by their mark. The chains outlive the daemon (fail closed) and are taken over by the next one.
 
 use crate::io::link;
 use std::io::{self, Write};
 use std::process::{Command, Stdio};
+
+/// The mark (SO_MARK) of what the switch itself sends to a guest: "viol".
+pub const MARK: u32 = 0x7669_6f6c;
 
 /// Whether a name can be that of an interface and be quoted safely.
 pub fn is_interface_name(name: &str) -> bool {
@@ -43,10 +47,19 @@ fn nft(script: &str) -> Result<(), String> {
 /// hold the moment one of that name appears, so not even its first frame reaches the host's stack. Before, that is an error.
 pub fn drop_all(interface: &str) -> Result<(), String> {
     let table = table(interface);
-    nft(&format!(
-        "add table netdev {table}\n\
-         add chain netdev {table} ingress {{ type filter hook ingress device \"{interface}\" priority -500; policy drop; }}\n"
-    ))
+    let chain = |hook: &str| {
+        format!(
+            "add chain netdev {table} {hook} {{ type filter hook {hook} device \"{interface}\" priority -500; policy drop; }}\n"
+        )
+    };
+    let ingress = format!("add table netdev {table}\n{}", chain("ingress"));
+    let ours = format!("flush chain netdev {table} egress\nadd rule netdev {table} egress meta mark {MARK:#x} accept\n");
+    // Kernels before 5.16 have no egress hook.
+    nft(&format!("{ingress}{}{ours}", chain("egress"))).or_else(|why| {
+        nft(&ingress)?;
+        tracing::debug!(interface, why, "no egress hook");
+        Ok(())
+    })
 }
 
 /// Closes an existing interface to the host's stack. Doing it again is fine. `ahead`: [`drop_all`] was done when the

@@ -1,6 +1,8 @@
 //! QUIC's half of the mesh port: sends on the descriptor it shares with the data plane, reads what that hands over.
 
 use super::dataplane::QuicDatagram;
+use crate::counters::Counters;
+use crate::drops::DropReason;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use std::io::{self, IoSliceMut};
@@ -15,12 +17,13 @@ use tokio::sync::mpsc::Receiver;
 pub struct MeshSocket {
     socket: UdpSocket,
     received: Mutex<Receiver<QuicDatagram>>,
+    counters: Arc<Counters>,
 }
 
 impl MeshSocket {
     /// `socket` must be non-blocking; nobody reads it here.
-    pub const fn new(socket: UdpSocket, received: Receiver<QuicDatagram>) -> Self {
-        Self { socket, received: Mutex::new(received) }
+    pub const fn new(socket: UdpSocket, received: Receiver<QuicDatagram>, counters: Arc<Counters>) -> Self {
+        Self { socket, received: Mutex::new(received), counters }
     }
 }
 
@@ -57,7 +60,11 @@ impl AsyncUdpSocket for MeshSocket {
             match received.poll_recv(cx) {
                 Poll::Ready(Some(datagram)) => {
                     let bytes = &datagram.bytes;
-                    let Some(place) = bufs[count].get_mut(..bytes.len()) else { continue };
+                    let Some(place) = bufs[count].get_mut(..bytes.len()) else {
+                        // Larger than what we told our peers to send.
+                        self.counters.drops.count(DropReason::BadDatagram);
+                        continue;
+                    };
                     place.copy_from_slice(bytes);
                     meta[count] = RecvMeta { addr: datagram.from, len: bytes.len(), stride: bytes.len(), ..RecvMeta::default() };
                     count += 1;

@@ -290,6 +290,7 @@ impl Ways {
         let len: usize = parts.iter().map(|part| part.len()).sum();
         let waiting = self.waiting.entry(slot).or_insert_with(|| Waiting { id: port.id, bytes: 0, frames: VecDeque::new() });
         if waiting.id != port.id {
+            self.counters.drops.add(DropReason::NotAttached, waiting.frames.len() as u64);
             *waiting = Waiting { id: port.id, bytes: 0, frames: VecDeque::new() };
         }
         waiting.bytes += len;
@@ -306,11 +307,12 @@ impl Ways {
     /// Gives a port that is there now what has waited for it.
     fn flush(&mut self, tables: &Forwarding, slot: PortSlot) {
         let Some(mut waiting) = self.waiting.remove(&slot) else { return };
-        let Some((id, io)) = self.ports.get_mut(&slot) else { return };
-        let Some(port) = tables.ports.get(usize::from(slot.0)).and_then(Option::as_ref) else { return };
-        if *id != waiting.id || port.id != waiting.id {
-            return;
-        }
+        let known = tables.ports.get(usize::from(slot.0)).and_then(Option::as_ref).filter(|port| port.id == waiting.id);
+        let io = self.ports.get_mut(&slot).filter(|(id, _)| *id == waiting.id);
+        let (Some(port), Some((_, io))) = (known, io) else {
+            // They waited for a port that has been removed.
+            return self.counters.drops.add(DropReason::NotAttached, waiting.frames.len() as u64);
+        };
         let mut gone = false;
         while let Some((since, offload, frame)) = waiting.frames.pop_front() {
             match io.write(&offload, &[&frame]) {

@@ -123,7 +123,8 @@ pub async fn run(path: &Path) -> Result<()> {
     let (event_sender, worker_events) = mpsc::channel(WORKER_EVENTS);
     let (inputs, input_receiver) = mpsc::unbounded_channel();
 
-    let mesh_socket = MeshSocket::new(socket.try_clone()?, quic_datagrams);
+    let counters = Arc::new(Counters::default());
+    let mesh_socket = MeshSocket::new(socket.try_clone()?, quic_datagrams, Arc::clone(&counters));
     let server = credentials.server(alpn::MESH, Timing::BRISK)?;
     let quinn = quinn::Endpoint::new_with_abstract_socket(
         endpoint_config(),
@@ -134,7 +135,6 @@ pub async fn run(path: &Path) -> Result<()> {
     let endpoint = Endpoint::over(quinn, credentials, alpn::MESH, Timing::BRISK);
 
     let tables = Arc::new(ArcSwap::from_pointee(Forwarding::default()));
-    let counters = Arc::new(Counters::default());
     let dataplane = Arc::new(DataPlane::start(socket, Arc::clone(&tables), Arc::clone(&counters), event_sender, quic_sender)?);
     let attach = attach::start(Arc::clone(&dataplane), inputs.clone())?;
     let nature = Nature {

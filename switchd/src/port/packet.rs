@@ -50,6 +50,9 @@ impl Packet {
             sys::set_option(fd, libc::SOL_PACKET, option, 1i32)
                 .map_err(AttachError::io(format!("make the packet socket {what}")))?;
         }
+        // Before the first frame is sent: the guard lets no other through.
+        sys::set_option(fd, libc::SOL_SOCKET, libc::SO_MARK, guard::MARK)
+            .map_err(AttachError::io("mark the packet socket's frames (SO_MARK)"))?;
         udp::large_buffers(fd, BUFFER);
         sys::bind_packet(fd, index).map_err(AttachError::io(format!("bind to {interface}")))?;
         let promiscuous = libc::packet_mreq {

@@ -1,4 +1,6 @@
 //! What peers say. Nothing of it is believed about others than the host in the peer's certificate.
+//!
+//! A member is trusted with what it says of itself: one that claims a MAC with a higher epoch gets it.
 
 use super::{Command, OWNED_CHUNK, Switch};
 use crate::members::{Greeted, LinkId};
