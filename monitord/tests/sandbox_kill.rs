@@ -115,6 +115,9 @@ fn killed_after_an_offer_nobody_takes_the_guest_comes_back() {
 
     let h1 = world.driver("h1");
 
+    // Not gone: a monitor that thought so would clear away its port before it is back.
+    let seen = h1.list().unwrap();
+    assert!(matches!(seen.as_slice(), [one] if one.state == VmState::Paused && one.leaving), "{seen:?}");
     let runs = || h1.list().unwrap().iter().any(|seen| seen.state == VmState::Running);
     until("it was taken back", LIMIT, runs);
     world.attach("h1", &interface(&world));

@@ -209,10 +209,12 @@ impl Monitor {
         if stopped {
             self.tell_fabric(known, Fabric::Running);
         }
-        if !self.switch.move_status(vni, mac).is_ok_and(|seen| owned(&seen))
-            && let Err(error) = self.switch.tell(&SwitchRequest::MoveAbort { vni, mac })
-        {
-            tracing::warn!(vm = %spec.vm, %error, "aborting the move at the switch");
+        if !self.switch.move_status(vni, mac).is_ok_and(|seen| owned(&seen)) {
+            match self.switch.tell(&SwitchRequest::MoveAbort { vni, mac }) {
+                // A destination that is lost cannot release: the hypervisor's word, said after the abort, takes the move back.
+                Ok(_) => self.tell_fabric(known, Fabric::Running),
+                Err(error) => tracing::warn!(vm = %spec.vm, %error, "aborting the move at the switch"),
+            }
         }
         let status = self.await_fabric(known, owned);
         self.change(&spec.vm, |vm| {

@@ -245,7 +245,6 @@ impl Sandbox {
         let host = &inner.config.host;
         for (vm, place) in inner.store.all()? {
             let Some(guest) = inner.store.guest(&vm)? else { continue };
-            let marker = inner.store.marker(&vm, &place);
             match &place {
                 _ if !guest.is_alive() => continue,
                 Place::At(at) if at == host => self.take(&vm)?,
@@ -253,7 +252,7 @@ impl Sandbox {
                     let taken = inner.store.pass(&vm, &place, &inner.here())?;
                     taken.then(|| self.take(&vm)).transpose()?;
                 }
-                Place::To(_) if marker.is_ok_and(|marker| &marker.from.host == host) => {
+                Place::To(_) if inner.offered_from_here(&vm, &place) => {
                     let driver = self.clone();
                     std::thread::spawn(move || driver.take_back_later(&vm, &place));
                 }

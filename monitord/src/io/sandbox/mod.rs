@@ -131,6 +131,11 @@ impl Inner {
         Place::At(self.config.host.clone())
     }
 
+    /// Whether an offered guest is this host's until another takes it.
+    fn offered_from_here(&self, vm: &VmId, place: &Place) -> bool {
+        self.store.marker(vm, place).is_ok_and(|marker| marker.from.host == self.config.host)
+    }
+
     /// The event, at the present moment.
     fn tell(&self, vm: &VmId, change: Change) {
         let event = HypervisorEvent { vm: vm.clone(), at: clock::now(), change };
@@ -281,10 +286,11 @@ impl Hypervisor for Sandbox {
                     }
                 }
                 Place::To(to) if to == host => VmState::Arriving,
-                Place::To(_) if self.0.state().leaving.contains_key(&vm) => VmState::Paused,
+                // Also when an earlier monitor offered it: it comes back here if nobody takes it.
+                Place::To(_) if self.0.offered_from_here(&vm, &place) => VmState::Paused,
                 _ => continue,
             };
-            let leaving = self.0.state().leaving.contains_key(&vm);
+            let leaving = state == VmState::Paused && matches!(place, Place::To(_)) || self.0.state().leaving.contains_key(&vm);
             seen.push(VmSeen { vm, state, leaving });
         }
         for vm in &self.0.state().arrivals {
