@@ -119,7 +119,7 @@ fn a_wrong_monitor_configuration_is_refused_with_key_got_and_wanted() {
         ("a scale out of range", set("scale = -1.0"), &["`capacity.scale`", "-1", "more than 0"]),
         ("no memory", set("memory-mib = 0"), &["`capacity.memory-mib`", "0", "at least 1"]),
         ("a missing key", set("memory-mib = 1").replace("memory-mib = 1", ""), &["missing field `memory-mib`"]),
-        ("an address for everybody", set("listen = \"0.0.0.0:7473\""), &["`listen`", "0.0.0.0:7473", "wildcard"]),
+        ("an address for everybody", set("listen = \"0.0.0.0:7473\""), &["`listen`", "0.0.0.0:7473", "an address of this host"]),
         ("an address without port", set("manager = \"192.0.2.10\""), &["manager", "192.0.2.10", "socket address"]),
         ("another host's certificate", set("host = \"h2\""), &["h2", "h1", "certificate"]),
         ("a missing file", good.replace("h1.key", "missing.key"), &["missing.key"]),
