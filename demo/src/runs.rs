@@ -115,10 +115,10 @@ struct Schedule {
 }
 
 impl Schedule {
-    /// Moving a QEMU VM takes seconds, a sandbox guest a tenth of one: so that the moves are over while HPL still runs, the
-    /// second crowd comes earlier among QEMU VMs.
+    /// The second crowd comes when the manager has had time to answer the first with a move inside the domain: among QEMU VMs
+    /// it decides some 12 s after HPL's start, for starting the ranks takes them long.
     fn of(calm_seconds: f64, guests: Guests) -> Self {
-        let later = if guests == Guests::Qemu { 0.2 } else { 0.25 };
+        let later = if guests == Guests::Qemu { 0.36 } else { 0.25 };
         Self { first: 0.06 * calm_seconds, later: later * calm_seconds }
     }
 }
