@@ -42,6 +42,9 @@ pub struct World {
 }
 
 /// A guest that configures its interface, says that it is ready, and echoes what the peer sends over one connection.
+///
+/// It connects without a limit of its own: the first ARP request is lost while the bridge has not seen the carrier yet,
+/// the second follows after one second, and a guest that gave up just then would have its accepted connection reset.
 const GUEST: &str = r#"#!/bin/sh
 . "$3"
 ip link set lo up
@@ -51,7 +54,7 @@ echo "violin-guest: ready"
 exec perl -e '
 use IO::Socket::INET;
 my $s;
-until ($s = IO::Socket::INET->new(PeerAddr => $ARGV[0], Timeout => 1)) { select(undef, undef, undef, 0.05) }
+until ($s = IO::Socket::INET->new(PeerAddr => $ARGV[0])) { select(undef, undef, undef, 0.05) }
 $s->autoflush(1);
 while (<$s>) { print $s $_ }
 sleep 1000;
