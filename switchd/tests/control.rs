@@ -48,6 +48,26 @@ fn a_mesh_forms_carries_frames_and_heals() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_switch_that_listens_on_every_ipv6_address_has_ipv4_members() {
+    let mut site = Site::new(3);
+    site.wildcards = [2, 3].into();
+    for number in 1..=3 {
+        site.guest(number);
+        site.start(number);
+    }
+
+    for number in 1..=3 {
+        until("everybody is connected with everybody", || site.connected(number) == 2);
+    }
+    for (from, to) in [(1, 2), (2, 1), (2, 3)] {
+        until("datagrams pass", || site.reaches(from, to));
+    }
+    assert!((1..=3).all(|number| site.counter(number, "drop.wrong-address") == 0));
+    assert!((2..=3).all(|number| site.peers(number).iter().all(|peer| peer.address.is_ipv4())));
+}
+
+#[test]
+#[ignore = "needs root"]
 fn a_switch_of_another_authority_is_refused() {
     let mut site = Site::new(2);
     site.start(1);

@@ -218,7 +218,9 @@ impl Actor {
         let link = LinkId(self.next_link);
         self.next_link += 1;
         let (outbox, messages) = mpsc::channel(OUTBOX);
-        let address = connection.remote_address();
+        let remote = connection.remote_address();
+        // As the data plane sees it: an IPv4 member of an IPv6 port has a mapped address here only.
+        let address = (remote.ip().to_canonical(), remote.port()).into();
         let exchange =
             exchange(connection.clone(), called, link, messages, self.events.clone(), Arc::clone(&self.parts.counters));
         tokio::spawn(exchange);

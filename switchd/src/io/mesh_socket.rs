@@ -6,7 +6,7 @@ use crate::drops::DropReason;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use std::io::{self, IoSliceMut};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -16,14 +16,26 @@ use tokio::sync::mpsc::Receiver;
 #[derive(Debug)]
 pub struct MeshSocket {
     socket: UdpSocket,
+    /// Of IPv6, which speaks with IPv4 by mapped addresses.
+    v6: bool,
     received: Mutex<Receiver<QuicDatagram>>,
     counters: Arc<Counters>,
 }
 
 impl MeshSocket {
     /// `socket` must be non-blocking; nobody reads it here.
-    pub const fn new(socket: UdpSocket, received: Receiver<QuicDatagram>, counters: Arc<Counters>) -> Self {
-        Self { socket, received: Mutex::new(received), counters }
+    pub fn new(socket: UdpSocket, received: Receiver<QuicDatagram>, counters: Arc<Counters>) -> Self {
+        let v6 = socket.local_addr().is_ok_and(|address| address.is_ipv6());
+        Self { socket, v6, received: Mutex::new(received), counters }
+    }
+
+    /// The data plane knows IPv4 members by their plain addresses; quinn calls them by mapped ones on an IPv6 socket, and
+    /// takes an answer from any other address for a stranger's.
+    fn as_quinn_calls_it(&self, from: SocketAddr) -> SocketAddr {
+        match from {
+            SocketAddr::V4(v4) if self.v6 => (IpAddr::from(v4.ip().to_ipv6_mapped()), v4.port()).into(),
+            other => other,
+        }
     }
 }
 
@@ -66,7 +78,8 @@ impl AsyncUdpSocket for MeshSocket {
                         continue;
                     };
                     place.copy_from_slice(bytes);
-                    meta[count] = RecvMeta { addr: datagram.from, len: bytes.len(), stride: bytes.len(), ..RecvMeta::default() };
+                    let (addr, len) = (self.as_quinn_calls_it(datagram.from), bytes.len());
+                    meta[count] = RecvMeta { addr, len, stride: len, ..RecvMeta::default() };
                     count += 1;
                 }
                 Poll::Ready(None) if count == 0 => {

@@ -1,7 +1,7 @@
 //! Hosts in network namespaces, each with a real `switchd` process and a real certificate.
 
 use super::{Namespace, run, until, vni};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -42,6 +42,8 @@ pub struct Site {
     pub hosts: BTreeMap<usize, Namespace>,
     pub guests: BTreeMap<usize, Namespace>,
     pub daemons: BTreeMap<usize, Daemon>,
+    /// Hosts that listen on `[::]`.
+    pub wildcards: BTreeSet<usize>,
 }
 
 impl Site {
@@ -53,8 +55,8 @@ impl Site {
         pki::write_pki(&directory.path().join("other-pki"), "other", &names).unwrap();
         let underlay = Namespace::new("underlay");
         underlay.run("ip link add bridge0 type bridge && ip link set bridge0 up");
-        let mut site =
-            Self { directory, _underlay: underlay, hosts: BTreeMap::new(), guests: BTreeMap::new(), daemons: BTreeMap::new() };
+        let (hosts, guests, daemons) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let mut site = Self { directory, _underlay: underlay, hosts, guests, daemons, wildcards: BTreeSet::new() };
         for number in 1..=count {
             let ns = Namespace::new(&format!("h{number}"));
             let bridge = &site._underlay.0;
@@ -94,8 +96,9 @@ impl Site {
         let directory = self.directory.path();
         let join: Vec<_> = (1..number).map(|other| format!("\"10.71.0.{other}:7471\"")).collect();
         let pki = directory.join(pki_directory);
+        let listen = if self.wildcards.contains(&number) { "[::]".into() } else { format!("10.71.0.{number}") };
         let text = format!(
-            "host = \"h{number}\"\ndomain = \"d1\"\nlisten = \"10.71.0.{number}:7471\"\njoin = [{}]\nsocket = \"{}\"\n\
+            "host = \"h{number}\"\ndomain = \"d1\"\nlisten = \"{listen}:7471\"\njoin = [{}]\nsocket = \"{}\"\n\
              [tls]\nca = \"{pki}/ca.pem\"\ncert = \"{pki}/h{number}.pem\"\nkey = \"{pki}/h{number}.key\"\n{extra}",
             join.join(", "),
             self.socket(number).display(),
