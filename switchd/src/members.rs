@@ -20,7 +20,8 @@ pub const BACKOFF_MAX: Duration = Duration::from_secs(3);
 const AFTER_LOSS: Duration = Duration::from_millis(50);
 /// How long the higher name of two lets the lower one call, so that they seldom call at once.
 const LET_OTHER_CALL: Duration = Duration::from_millis(300);
-/// Members at most: a bound on what a member can make us remember.
+/// Members at most: a bound on what a member can make us remember. One that comes itself takes the place of one that was only
+/// told of.
 pub const LIMIT: usize = 1024;
 
 /// Smallest `max-datagram` a member may ask for, in bytes: the smallest MTU a switch can be configured with, less IPv6 and UDP.
@@ -130,13 +131,16 @@ pub struct Members {
     hosts: BTreeMap<HostId, Member>,
     links: HashMap<LinkId, Link>,
     slots: Vec<bool>,
+    /// Hints refused since the start because there were [`LIMIT`] members.
+    pub hints_refused: u64,
 }
 
 impl Members {
     /// Nobody yet. `host` and `boot` are ours.
     pub fn new(now: Instant, host: HostId, boot: u64, join: &[SocketAddr]) -> Self {
         let join = join.iter().map(|address| (*address, Dial::at(now))).collect();
-        Self { host, boot, join, ourselves: BTreeSet::new(), hosts: BTreeMap::new(), links: HashMap::new(), slots: Vec::new() }
+        let (ourselves, hosts, links, slots) = (BTreeSet::new(), BTreeMap::new(), HashMap::new(), Vec::new());
+        Self { host, boot, join, ourselves, hosts, links, slots, hints_refused: 0 }
     }
 
     /// Replaces the addresses of known members.
@@ -145,6 +149,7 @@ impl Members {
         for address in join {
             self.join.entry(*address).or_insert_with(|| Dial::at(now));
         }
+        self.hosts.retain(|_, member| member.boot.is_some() || !join.contains(&member.address));
     }
 
     /// Whom to call now. Each call must be answered by [`Self::called`].
@@ -186,7 +191,7 @@ impl Members {
     /// *Errors*: versions without overlap, a name that is not the certificate's, another AEAD, datagrams below
     /// [`MIN_DATAGRAM`], too many members.
     pub fn greet(&mut self, now: Instant, id: LinkId, hello: Hello) -> Result<Greeted, String> {
-        let link = self.links.get_mut(&id).ok_or("this connection is closed")?;
+        let link = self.links.get(&id).ok_or("this connection is closed")?;
         if link.hello.is_some() {
             return Err("got a second HELLO".into());
         }
@@ -221,10 +226,10 @@ impl Members {
                 hello.max_datagram
             ));
         }
-        if self.hosts.len() >= LIMIT && !self.hosts.contains_key(&hello.host) {
+        let (address, host, called) = (link.address, link.host.clone(), link.called);
+        if self.hosts.len() >= LIMIT && !self.hosts.contains_key(&host) && !self.make_room() {
             return Err(format!("got one more member, want at most {LIMIT}"));
         }
-        let (address, host, called) = (link.address, link.host.clone(), link.called);
         let member = self.hosts.entry(host.clone()).or_insert_with(|| Member {
             domain: None,
             address,
@@ -264,6 +269,12 @@ impl Members {
         Ok(Greeted::Up { replaced, same_boot })
     }
 
+    /// Forgets a member that was only told of: anybody could have made it up. `false`: there is none.
+    fn make_room(&mut self) -> bool {
+        let found = self.hosts.iter().find(|(_, member)| member.boot.is_none()).map(|(host, _)| host.clone());
+        found.is_some_and(|host| self.hosts.remove(&host).is_some())
+    }
+
     /// A connection has ended. Returns the peer that was lost with it, if it was the one that counts.
     pub fn closed(&mut self, now: Instant, id: LinkId) -> Option<HostId> {
         let link = self.links.remove(&id)?;
@@ -286,7 +297,8 @@ impl Members {
     pub fn hinted(&mut self, now: Instant, hints: Vec<Hint>) {
         for hint in hints {
             let full = self.hosts.len() >= LIMIT;
-            if hint.host == self.host {
+            // Whoever is at a `join` address is called there, whatever it is called: a false name would keep us from it.
+            if hint.host == self.host || self.join.contains_key(&hint.address) {
                 continue;
             }
             match self.hosts.get_mut(&hint.host) {
@@ -308,7 +320,7 @@ impl Members {
                     };
                     self.hosts.insert(hint.host, member);
                 }
-                None => {}
+                None => self.hints_refused += 1,
             }
         }
     }

@@ -52,6 +52,13 @@ pub struct Nature {
     pub boot: u64,
 }
 
+/// What peers said that was not kept, since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Refusals {
+    /// Members they told of, beyond [`crate::members::LIMIT`].
+    pub hints: u64,
+}
+
 /// A request that waits for its answer, numbered by whoever asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u64);
@@ -335,6 +342,11 @@ impl Switch {
     /// Whether a MAC is owned by somebody.
     fn is_owned(&self, vni: Vni, mac: MacAddr) -> bool {
         self.moves.seen((vni, mac)).is_some()
+    }
+
+    /// What was not kept of what peers said.
+    pub const fn refusals(&self) -> Refusals {
+        Refusals { hints: self.members.hints_refused }
     }
 
     /// The address of the peer at a connection's end, for those that keep figures of connections.

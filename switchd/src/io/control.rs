@@ -74,6 +74,7 @@ pub struct ControlCounters {
     protocol: AtomicU64,
     outbox_full: AtomicU64,
     learned_heard: AtomicU64,
+    hints_refused: AtomicU64,
 }
 
 impl ControlCounters {
@@ -85,6 +86,7 @@ impl ControlCounters {
             ("control.protocol-errors", &self.protocol),
             ("control.outbox-full", &self.outbox_full),
             ("control.learned-heard", &self.learned_heard),
+            ("control.hints-refused", &self.hints_refused),
         ];
         named.map(|(name, counter)| Counter { name: name.into(), value: counter.load(Ordering::Relaxed) }).into()
     }
@@ -229,6 +231,7 @@ impl Actor {
     }
 
     fn carry_out(&mut self) {
+        self.parts.counters.hints_refused.store(self.parts.switch.refusals().hints, Ordering::Relaxed);
         for command in self.parts.switch.take_commands(now()) {
             match command {
                 Command::Publish(tables) => {

@@ -1,11 +1,12 @@
 //! Two and three switches side by side, their commands carried out by hand.
 
 use super::*;
+use crate::members::LIMIT;
 use crate::tables::{Forwarding, Gate};
 use std::collections::VecDeque;
 use violin_common::Epoch;
 use violin_common::api::switch::{MoveState, OwnedMac, Ownership, PortKind, SwitchRequest};
-use violin_common::control::mesh::{OwnedAt, Step};
+use violin_common::control::mesh::{Member as Hint, OwnedAt, Step};
 
 const MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
 
@@ -204,6 +205,55 @@ fn a_member_that_leaves_is_not_called_again() {
     assert!(mesh.switches[0].members.all().all(|(host, _)| *host != name(3)));
 }
 
+fn hello(number: usize) -> Hello {
+    Hello {
+        oldest: OLDEST,
+        newest: PROTOCOL,
+        features: 0,
+        host: name(number),
+        domain: "d1".parse().unwrap(),
+        boot: 99,
+        receiver: 1,
+        aead: Aead::None,
+        max_datagram: 1472,
+        networks: vec![],
+    }
+}
+
+#[test]
+fn members_that_were_only_told_of_give_way_to_those_that_come_themselves() {
+    let mut mesh = Mesh::new(2);
+    let now = mesh.now;
+    let switch = &mut mesh.switches[1];
+    let told = switch.link_of(&name(1)).unwrap();
+    let hints = (10..10 + 2 * LIMIT).map(|number| Hint { host: name(number), address: address(9) });
+    switch.handle_message(now, told, Message::Members(hints.collect())).unwrap();
+    assert_eq!((switch.members.all().count(), switch.refusals().hints), (LIMIT, LIMIT as u64 + 1));
+
+    switch.handle_closed(now, told);
+    for number in [5, 6] {
+        let link = LinkId(900 + number as u64);
+        switch.handle_connected(link, name(number), "d1".parse().unwrap(), address(number), false);
+        switch.handle_message(now, link, Message::Hello(hello(number))).unwrap();
+        assert_eq!((switch.members.all().count(), switch.link_of(&name(number))), (LIMIT, Some(link)));
+    }
+    assert!(switch.members.all().any(|(host, _)| *host == name(1)), "whoever was connected once stays");
+}
+
+#[test]
+fn a_join_address_is_called_whatever_others_say_is_there() {
+    let mut mesh = Mesh::new(2);
+    let (now, switch) = (mesh.now, &mut mesh.switches[1]);
+    let told = switch.link_of(&name(1)).unwrap();
+    let liar = |host, at| Message::Members(vec![Hint { host: name(host), address: address(at) }]);
+    switch.handle_message(now, told, liar(7, 3)).unwrap();
+    switch.members.set_join(now, &[address(1), address(3), address(4)]);
+    switch.handle_message(now, told, liar(8, 4)).unwrap();
+
+    let anybody = |at| Call { address: address(at), expected: None };
+    assert_eq!(switch.members.due(now + Duration::from_secs(1)), [anybody(3), anybody(4)]);
+}
+
 #[test]
 fn a_message_before_hello_and_a_false_name_end_the_connection() {
     let mut mesh = Mesh::new(2);
@@ -212,18 +262,7 @@ fn a_message_before_hello_and_a_false_name_end_the_connection() {
     let early = switch.handle_message(mesh.now, LinkId(900), Message::Leave);
     assert_eq!(early, Err("got a message before HELLO".into()));
 
-    let hello = Hello {
-        oldest: OLDEST,
-        newest: PROTOCOL,
-        features: 0,
-        host: name(2),
-        domain: "d1".parse().unwrap(),
-        boot: 99,
-        receiver: 1,
-        aead: Aead::None,
-        max_datagram: 1472,
-        networks: vec![],
-    };
+    let hello = hello(2);
     let false_name = switch.handle_message(mesh.now, LinkId(900), Message::Hello(hello.clone()));
     assert!(false_name.unwrap_err().contains("the certificate says h3"));
     let newer = Hello { host: name(3), oldest: PROTOCOL + 1, newest: PROTOCOL + 2, ..hello.clone() };
