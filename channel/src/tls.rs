@@ -3,6 +3,7 @@
 //! TLS 1.3 only, no resumption, no 0-RTT: every connection proves the key anew. A daemon's certificate has the host as
 //! common name and DNS name, the domain as organisational unit.
 
+use crate::quic::alpn;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::Resumption;
 use rustls::client::WebPkiServerVerifier;
@@ -19,6 +20,15 @@ use std::time::Duration;
 use violin_common::config::Tls;
 use violin_common::{DomainId, HostId};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+/// Bytes of one connection that may wait here for whoever reads: some of the longest messages.
+const WINDOW: u32 = 4 << 20;
+/// Likewise where images are fetched, one stream at a time: 16 MiB a round trip.
+const IMAGE_WINDOW: u32 = 16 << 20;
+/// Streams that the other end may have open: a request or a command each.
+const STREAMS: u32 = 100;
+/// Likewise where one stream carries everything, as between switches and for a monitor's reports.
+const MESH_STREAMS: u32 = 4;
 
 /// Whom a certificate names.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -165,7 +175,7 @@ impl Credentials {
         config.max_early_data_size = 0;
         let crypto = QuicServerConfig::try_from(config).map_err(|error| unusable(&error))?;
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-        server.transport_config(timing.transport());
+        server.transport_config(timing.transport(alpn));
         // A peer's address is that of its connection: a roaming one would have to prove itself first.
         server.migration(false);
         Ok(server)
@@ -189,7 +199,7 @@ impl Credentials {
         config.enable_early_data = false;
         let crypto = QuicClientConfig::try_from(config).map_err(|error| unusable(&error))?;
         let mut client = quinn::ClientConfig::new(Arc::new(crypto));
-        client.transport_config(timing.transport());
+        client.transport_config(timing.transport(alpn));
         Ok(client)
     }
 }
@@ -209,9 +219,14 @@ impl Timing {
     /// Between daemons that can wait: lost after 6 s.
     pub const CALM: Self = Self { keep_alive: Duration::from_secs(1), idle: Duration::from_secs(6) };
 
-    fn transport(self) -> Arc<quinn::TransportConfig> {
+    fn transport(self, alpn: &[u8]) -> Arc<quinn::TransportConfig> {
         let mut transport = quinn::TransportConfig::default();
         let idle_ms = u32::try_from(self.idle.as_millis()).unwrap_or(u32::MAX);
+        let window = quinn::VarInt::from_u32(if alpn == alpn::IMAGE { IMAGE_WINDOW } else { WINDOW });
+        let streams = if alpn == alpn::MESH { MESH_STREAMS } else { STREAMS };
+        // One stream is mostly all there is: it may fill the connection's window.
+        transport.receive_window(window).stream_receive_window(window).datagram_receive_buffer_size(None);
+        transport.max_concurrent_bidi_streams(streams.into()).max_concurrent_uni_streams(MESH_STREAMS.into());
         transport.keep_alive_interval(Some(self.keep_alive)).max_idle_timeout(Some(quinn::VarInt::from_u32(idle_ms).into()));
         Arc::new(transport)
     }

@@ -78,6 +78,31 @@ async fn both_ends_know_each_other_and_messages_arrive_whole() {
 }
 
 #[tokio::test]
+async fn a_peer_that_nobody_reads_can_leave_only_so_much_here() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = authority();
+    let server = listen(load(&credentials(directory.path(), &authority, "h1", "d1", "h1")));
+    let client = listen(load(&credentials(directory.path(), &authority, "h2", "d1", "h2")));
+    let address = server.local_addr().unwrap();
+    let serving = tokio::spawn(async move { quic::admit(server.accept().await.unwrap()).await.unwrap() });
+    let (connection, _) = client.connect(address, None).await.unwrap();
+    let _unread = serving.await.unwrap();
+    let patience = Duration::from_millis(500);
+
+    let (mut streams, mut sent) = (Vec::new(), 0);
+    while let Ok(stream) = tokio::time::timeout(patience, connection.open_bi()).await {
+        let (mut out, inn) = stream.unwrap();
+        while let Ok(written) = tokio::time::timeout(patience, out.write(&[7; 65_536])).await {
+            sent += written.unwrap();
+            assert!(sent < 64 << 20, "no bound");
+        }
+        streams.push((out, inn));
+    }
+
+    assert!(streams.len() <= 4 && sent <= (4 << 20), "{} streams, {sent} bytes", streams.len());
+}
+
+#[tokio::test]
 async fn another_host_than_the_expected_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let authority = authority();
