@@ -4,7 +4,7 @@
 //! oldest, so that one noisy port or peer cannot push out the others.
 
 use crate::tables::Place;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use violin_common::{Instant, MacAddr};
@@ -167,6 +167,11 @@ impl Fdb {
     /// Forgets one address in all VLANs, as when it becomes owned; returns how many.
     pub fn flush_mac(&self, mac: MacAddr) -> usize {
         self.forget(|key, _| key.1 == mac)
+    }
+
+    /// Likewise for many addresses, in one pass over the table.
+    pub fn flush_macs(&self, macs: &HashSet<MacAddr>) -> usize {
+        self.forget(|key, _| macs.contains(&key.1))
     }
 
     fn forget(&self, which: impl Fn(&Key, &Entry) -> bool) -> usize {

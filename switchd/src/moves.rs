@@ -200,12 +200,15 @@ pub struct Moves {
     host: HostId,
     entries: HashMap<Key, Entry>,
     effects: Vec<Effect>,
+    /// Owned MACs that peers named and that were not taken down, since the start: group addresses, networks not carried here,
+    /// more than there is room for.
+    pub macs_refused: u64,
 }
 
 impl Moves {
     /// Knows nothing yet. `host` is ours.
     pub fn new(host: HostId) -> Self {
-        Self { host, entries: HashMap::new(), effects: Vec::new() }
+        Self { host, entries: HashMap::new(), effects: Vec::new(), macs_refused: 0 }
     }
 
     /// Takes what is to be done since the last call.

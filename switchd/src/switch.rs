@@ -57,6 +57,8 @@ pub struct Nature {
 pub struct Refusals {
     /// Members they told of, beyond [`crate::members::LIMIT`].
     pub hints: u64,
+    /// Owned MACs that no port here can have, or beyond what there is room for.
+    pub macs: u64,
 }
 
 /// A request that waits for its answer, numbered by whoever asks.
@@ -346,7 +348,7 @@ impl Switch {
 
     /// What was not kept of what peers said.
     pub const fn refusals(&self) -> Refusals {
-        Refusals { hints: self.members.hints_refused }
+        Refusals { hints: self.members.hints_refused, macs: self.moves.macs_refused }
     }
 
     /// The address of the peer at a connection's end, for those that keep figures of connections.

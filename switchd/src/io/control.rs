@@ -75,6 +75,7 @@ pub struct ControlCounters {
     outbox_full: AtomicU64,
     learned_heard: AtomicU64,
     hints_refused: AtomicU64,
+    macs_refused: AtomicU64,
 }
 
 impl ControlCounters {
@@ -87,6 +88,7 @@ impl ControlCounters {
             ("control.outbox-full", &self.outbox_full),
             ("control.learned-heard", &self.learned_heard),
             ("control.hints-refused", &self.hints_refused),
+            ("control.macs-refused", &self.macs_refused),
         ];
         named.map(|(name, counter)| Counter { name: name.into(), value: counter.load(Ordering::Relaxed) }).into()
     }
@@ -231,7 +233,9 @@ impl Actor {
     }
 
     fn carry_out(&mut self) {
-        self.parts.counters.hints_refused.store(self.parts.switch.refusals().hints, Ordering::Relaxed);
+        let refused = self.parts.switch.refusals();
+        self.parts.counters.hints_refused.store(refused.hints, Ordering::Relaxed);
+        self.parts.counters.macs_refused.store(refused.macs, Ordering::Relaxed);
         for command in self.parts.switch.take_commands(now()) {
             match command {
                 Command::Publish(tables) => {

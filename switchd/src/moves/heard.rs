@@ -22,10 +22,9 @@ impl Moves {
         }
         for owned in macs {
             let key = (owned.vni, owned.mac);
-            if owned.mac.is_group() || !carried(owned.vni) && !self.entries.contains_key(&key) {
-                continue;
-            }
-            if self.entries.len() >= LIMIT && !self.entries.contains_key(&key) {
+            let known = self.entries.contains_key(&key);
+            if owned.mac.is_group() || !known && (!carried(owned.vni) || self.entries.len() >= LIMIT) {
+                self.macs_refused += 1;
                 continue;
             }
             self.owner_heard(now, from, key, owned.epoch);
@@ -116,9 +115,12 @@ impl Moves {
         }
     }
 
-    /// A step of a move.
-    pub fn step_heard(&mut self, now: Instant, from: &HostId, owned: OwnedAt, step: Step) {
+    /// A step of a move. `kept`: the MAC is one that may be remembered here, of a network we carry.
+    pub fn step_heard(&mut self, now: Instant, from: &HostId, owned: OwnedAt, step: Step, kept: bool) {
         let key = (owned.vni, owned.mac);
+        if !kept && !self.entries.contains_key(&key) {
+            return self.answer_unkept(from, key, owned.epoch, &step);
+        }
         match step {
             Step::Grant { vm } => self.grant_heard(now, from, key, owned.epoch, &vm),
             Step::Granted => {
@@ -140,6 +142,20 @@ impl Moves {
             Step::Claim => self.claim_heard(now, from, key),
             Step::Hold { .. } => {}
         }
+    }
+
+    /// No port can have the MAC, so there is nothing to remember; unanswered, the other end would ask for ever.
+    fn answer_unkept(&mut self, from: &HostId, key: Key, epoch: Epoch, step: &Step) {
+        let answer = match step {
+            Step::Grant { .. } => {
+                Step::Unready { why: format!("{} does not carry network {} for MAC {}", self.host, key.0, key.1) }
+            }
+            Step::Release => Step::Released { why: String::new() },
+            Step::Fence => Step::Fenced,
+            _ => return,
+        };
+        self.macs_refused += 1;
+        self.step(from, key, epoch, answer);
     }
 
     fn given(&mut self, key: Key, to: &HostId, epoch: Epoch) -> Option<&mut Given> {
@@ -217,10 +233,12 @@ impl Moves {
 
     /// Although nothing is known of the MAC: a grant that was overtaken must be refused.
     fn remember_released(&mut self, now: Instant, key: Key, epoch: Epoch) {
-        if self.entries.len() < LIMIT {
-            let entry = self.entries.entry(key).or_insert_with(Entry::new);
-            (entry.released, entry.expires) = (epoch, Some(now + TOMBSTONE));
+        if self.entries.len() >= LIMIT {
+            self.macs_refused += 1;
+            return;
         }
+        let entry = self.entries.entry(key).or_insert_with(Entry::new);
+        (entry.released, entry.expires) = (epoch, Some(now + TOMBSTONE));
     }
 
     /// The destination cannot take the grant. If it had taken it before, it started anew and its port may yet be put back:
@@ -256,6 +274,7 @@ impl Moves {
     fn fence_heard(&mut self, now: Instant, from: &HostId, key: Key, epoch: Epoch) {
         let me = self.host.clone();
         if self.entries.len() >= LIMIT && !self.entries.contains_key(&key) {
+            self.macs_refused += 1;
             return;
         }
         let entry = self.entries.entry(key).or_insert_with(Entry::new);

@@ -97,7 +97,7 @@ impl World {
             Message::Owned { all, macs } => moves.owned_heard(now, &from, all, &macs, &|_| true),
             Message::Disowned(owned) => moves.disowned_heard(&from, owned),
             Message::Moved { owned, host } => moves.moved_heard(now, owned, host),
-            Message::Move { owned, step } => moves.step_heard(now, &from, owned, step),
+            Message::Move { owned, step } => moves.step_heard(now, &from, owned, step, true),
             other => panic!("moves sent {other:?}"),
         });
     }

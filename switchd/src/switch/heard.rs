@@ -5,6 +5,7 @@
 use super::{Command, OWNED_CHUNK, Switch};
 use crate::members::{Greeted, LinkId};
 use crate::tables::Place;
+use std::collections::{BTreeMap, HashSet};
 use violin_common::control::mesh::{Hello, Message};
 use violin_common::{HostId, Instant, MacAddr, Vni};
 
@@ -52,7 +53,8 @@ impl Switch {
             }
             Message::Learned { vni, vid, mac } => self.learned(now, id, vni, vid, mac),
             Message::Move { owned, step } => {
-                self.moves.step_heard(now, &from, owned, step);
+                let kept = self.networks.contains_key(&owned.vni) && !owned.mac.is_group();
+                self.moves.step_heard(now, &from, owned, step, kept);
                 self.flush_owned((owned.vni, owned.mac));
                 self.dirty = true;
             }
@@ -137,8 +139,14 @@ impl Switch {
         let complete = all && self.members.same_boot(from);
         let networks = &self.networks;
         self.moves.owned_heard(now, from, complete, macs, &|vni| networks.contains_key(&vni));
+        let mut named: BTreeMap<Vni, HashSet<MacAddr>> = BTreeMap::new();
         for owned in macs {
-            self.flush_owned((owned.vni, owned.mac));
+            named.entry(owned.vni).or_default().insert(owned.mac);
+        }
+        for (vni, macs) in named {
+            if let Some(network) = self.networks.get(&vni) {
+                network.fdb.flush_macs(&macs);
+            }
         }
         self.dirty = true;
     }

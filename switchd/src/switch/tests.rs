@@ -341,6 +341,49 @@ fn a_peer_cannot_disown_or_release_for_another() {
 }
 
 #[test]
+fn macs_that_no_port_here_can_have_are_answered_for_and_not_remembered() {
+    let mut mesh = Mesh::new(2);
+    let link = mesh.switches[0].link_of(&name(2)).unwrap();
+    let switch = &mut mesh.switches[0];
+    let (foreign, group) = ((vni(9), MAC), (vni(5), MacAddr([3, 0, 0, 0, 0, 1])));
+    let vm = || "alpha-c1".parse().unwrap();
+    for (vni, mac) in [foreign, group] {
+        let owned = OwnedAt { vni, mac, epoch: Epoch::FIRST };
+        switch.handle_message(mesh.now, link, Message::Owned { all: false, macs: vec![owned] }).unwrap();
+        for step in [Step::Grant { vm: vm() }, Step::Release, Step::Fence] {
+            switch.handle_message(mesh.now, link, Message::Move { owned, step }).unwrap();
+        }
+    }
+
+    let answers: Vec<_> = (switch.take_commands(mesh.now).into_iter())
+        .filter_map(|command| match command {
+            Command::Send { message: Message::Move { step, .. }, .. } => Some(step),
+            _ => None,
+        })
+        .collect();
+    assert!(matches!(&answers[..3], [Step::Unready { .. }, Step::Released { .. }, Step::Fenced]), "{answers:?}");
+    assert_eq!((answers.len(), switch.refusals().macs), (6, 8));
+    assert!([foreign, group].iter().all(|key| switch.moves.seen(*key).is_none()));
+}
+
+#[test]
+fn every_mac_of_a_long_list_of_owned_ones_leaves_a_full_fdb() {
+    let mut mesh = Mesh::new(2);
+    let fdb = Arc::clone(&mesh.network(1).fdb);
+    let numbered = |number: usize| MacAddr([2, 0, 0, 1, (number >> 8) as u8, number as u8]);
+    for number in 0..8192 {
+        fdb.learn(mesh.now, 0, numbered(number), Place::Port(PortSlot((number % 64) as u16)));
+    }
+    let before = fdb.len();
+    let macs = (0..4096).map(|number| OwnedAt { vni: vni(5), mac: numbered(number), epoch: Epoch::FIRST }).collect();
+    let link = mesh.switches[0].link_of(&name(2)).unwrap();
+
+    mesh.switches[0].handle_message(mesh.now, link, Message::Owned { all: false, macs }).unwrap();
+
+    assert_eq!(fdb.len(), before - 4096);
+}
+
+#[test]
 fn an_announced_learned_mac_corrects_the_fdb_but_never_fills_it() {
     let mut mesh = Mesh::new(3);
     let port = mesh.port(1, "a", None);
