@@ -1,6 +1,8 @@
 use super::*;
 use etherparse::PacketBuilder;
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use std::cell::Cell;
 
 /// A TCP super-frame with a partial checksum, as a TAP gives it.
 fn super_frame(v6: bool, payload: &[u8], fin: bool) -> Vec<u8> {
@@ -67,6 +69,49 @@ proptest! {
         prop_assert_eq!(bytes, payload);
         prop_assert_eq!(last_flags, u8::from(fin) | 2);
     }
+}
+
+/// Real frames with some header bytes changed: most are still cut into segments.
+#[test]
+fn no_spoiled_header_panics() {
+    let spoils = proptest::collection::vec((12usize..80, any::<u8>()), 0..4);
+    let cases = (any::<bool>(), 1usize..9000, any::<bool>(), spoils, 0u16..3000, 0usize..4, proptest::option::of(0u16..90));
+    let (settled, cut, guessed) = (Cell::new(0), Cell::new(0), Cell::new(0));
+    let count = |cell: &Cell<u32>| cell.set(cell.get() + 1);
+    let played = TestRunner::new(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }).run(
+        &cases,
+        |(v6, len, fin, spoils, segment_size, kind, start)| {
+            let mut frame = super_frame(v6, &vec![7; len], fin);
+            for (at, value) in spoils {
+                frame.get_mut(at).into_iter().for_each(|byte| *byte = value);
+            }
+            let Ok(header) = ethernet::Header::parse(&frame) else { return Ok(()) };
+            if guess(&frame, &header, 1400) != Offload::default() {
+                count(&guessed);
+            }
+            // Mostly what the frame is.
+            let own = if v6 { Segmentation::Tcp6 } else { Segmentation::Tcp4 };
+            let segmentation = [own, own, Segmentation::None, Segmentation::Udp][kind];
+            let checksum = start.map(|start| Partial { start, offset: TCP_CHECKSUM });
+            let offload = Offload { checksum, segmentation, segment_size, ecn: false, header_len: 0 };
+            if let Ok((offload, transport)) = settle(&mut frame, &header, offload) {
+                count(&settled);
+                let Some(transport) = transport else { return Ok(()) };
+                let mut pieces = 0;
+                segments(&frame, &transport, offload.segment_size, &mut Vec::new(), |segment, offload| {
+                    pieces += 1;
+                    let _ = complete(segment, offload.checksum.unwrap());
+                });
+                if pieces > 1 {
+                    count(&cut);
+                }
+            }
+            Ok(())
+        },
+    );
+    played.unwrap();
+    let reached = [&settled, &cut, &guessed].map(Cell::get);
+    assert!(reached.iter().all(|count| *count > 20), "settled, cut, guessed: {reached:?}");
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Workers joined in memory: no clock, no socket, no root.
 
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -261,6 +263,63 @@ proptest! {
         all[1].hear(address(0), &datagrams);
         let Host { worker, tables, .. } = &mut all[1];
         worker.tick(NOW + Duration::from_secs(1), tables);
+    }
+}
+
+/// What a real sender sent, with bytes changed, cut off, sent twice or in another order: most of it gets as far as genuine
+/// slices do.
+#[test]
+fn no_spoiled_slice_panics() {
+    let spoil = (any::<prop::sample::Index>(), 0u8..4, 0usize..100, any::<u8>());
+    let cases = (600usize..8900, 401usize..9000, proptest::collection::vec(spoil, 0..8));
+    let (reached, delivered) = (Cell::new([0u64; DropReason::ALL.len()]), Cell::new([0; 3]));
+    let played = TestRunner::new(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }).run(
+        &cases,
+        |(len, payload, spoils)| {
+            let mut all = hosts(2, 9000, 600);
+            let (offload, super_frame) = tcp(payload);
+            let ordinary = frame(mac(2), mac(1), len);
+            all[0].speak(PORT, Offload::default(), &ordinary);
+            all[0].speak(PORT, Offload { segment_size: 400, ..offload }, &super_frame);
+            let mut datagrams: Vec<_> = std::mem::take(&mut all[0].out.sent).into_iter().map(|(_, datagram)| datagram).collect();
+            for (which, how, at, value) in spoils {
+                let which = which.index(datagrams.len());
+                match how {
+                    0 => datagrams[which].get_mut(at).into_iter().for_each(|byte| *byte = value),
+                    1 => datagrams[which].truncate(usize::from(value) * 3),
+                    2 => datagrams.push(datagrams[which].clone()),
+                    _ => {
+                        let other = at % datagrams.len();
+                        datagrams.swap(which, other);
+                    }
+                }
+            }
+            all[1].hear(address(0), &datagrams);
+            let Host { worker, tables, counters, out } = &mut all[1];
+            worker.tick(NOW + Duration::from_secs(1), tables);
+
+            let mut seen = reached.get();
+            DropReason::ALL.iter().for_each(|reason| seen[*reason as usize] += counters.drops.of(*reason));
+            reached.set(seen);
+            let mut got = delivered.get();
+            for (_, _, bytes) in &out.delivered {
+                got[if *bytes == ordinary {
+                    0
+                } else if *bytes == super_frame {
+                    1
+                } else {
+                    2
+                }] += 1;
+            }
+            delivered.set(got);
+            Ok(())
+        },
+    );
+    played.unwrap();
+    assert!(delivered.get().iter().all(|count| *count > 20), "put together, merged, in parts: {:?}", delivered.get());
+    use DropReason::{BadDatagram, BadSlice, ReassemblyOverlap, ReassemblyTimeout, UnknownReceiver};
+    for reason in [BadDatagram, BadSlice, ReassemblyOverlap, ReassemblyTimeout, UnknownReceiver] {
+        assert!(reached.get()[reason as usize] > 0, "never met {}", reason.name());
     }
 }
 
