@@ -151,6 +151,15 @@ impl Entry {
         self.entered.insert(state as u8, (state, now));
     }
 
+    /// Somebody else owns what we owned. `twice`: the VM has not moved there, it runs here as well. It may speak again when
+    /// that other one has ended.
+    fn mute(&mut self, now: Instant, twice: bool) {
+        self.running = (twice && self.state == MoveState::Owned && !self.stopped).then_some(now);
+        self.given = None;
+        self.enter(now, MoveState::Gone);
+        self.expires = Some(now + TOMBSTONE);
+    }
+
     /// The VM runs behind our port: the hypervisor says so, or whoever put the port back.
     const fn runs(&self) -> bool {
         self.running.is_some() || self.claiming.is_some()
@@ -275,6 +284,7 @@ impl Moves {
             // Whoever is known to own it keeps it: a claim of the same epoch is the later one.
             Some((epoch, host)) if epoch >= wanted && host != me => {
                 entry.enter(now, MoveState::Released);
+                entry.running.get_or_insert(now);
                 self.effects.push(Effect::Duplicate { key, host, epoch });
             }
             _ => {

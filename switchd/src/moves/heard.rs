@@ -53,9 +53,7 @@ impl Moves {
             }
             // Perhaps an earlier grant than the last: it was owned, and forgotten by a destination that started anew.
             let expected = entry.given.as_ref().is_some_and(|given| given.to == *from && given.epoch >= epoch);
-            (entry.given, entry.running) = (None, None);
-            entry.enter(now, MoveState::Gone);
-            entry.expires = Some(now + TOMBSTONE);
+            entry.mute(now, !expected);
             if !expected {
                 self.effects.push(Effect::Duplicate { key, host: from.clone(), epoch });
             }
@@ -101,9 +99,7 @@ impl Moves {
             }
             MoveState::Owned | MoveState::Granted if !ourselves && owned.epoch > entry.own => {
                 // Only the owner itself can make us GONE; that somebody owns it later is enough to be silent.
-                (entry.given, entry.running) = (None, None);
-                entry.enter(now, MoveState::Gone);
-                entry.expires = Some(now + TOMBSTONE);
+                entry.mute(now, true);
                 entry.owner = Some((owned.epoch, host.clone()));
                 self.effects.push(Effect::Duplicate { key, host, epoch: owned.epoch });
             }

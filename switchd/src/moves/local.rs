@@ -221,8 +221,10 @@ impl Moves {
             if entry.port.is_some() && entry.expires.is_some_and(|expires| now >= expires) {
                 entry.expires = None;
             }
-            // It runs here and nobody owns it any more: moved behind our back, or both ends started anew on the way.
-            let orphan = matches!(entry.state, MoveState::Absent | MoveState::Released)
+            // It runs here and nobody owns it any more: moved behind our back, both ends started anew on the way, or the other
+            // place that had its MAC has ended.
+            let orphan = matches!(entry.state, MoveState::Absent | MoveState::Released | MoveState::Gone)
+                && entry.port.is_some()
                 && entry.owner.is_none()
                 && entry.running.is_some_and(|since| now.since(since) >= PATIENCE);
             if orphan && complete {

@@ -430,6 +430,28 @@ fn the_second_claim_of_the_same_epoch_is_muted() {
 }
 
 #[test]
+fn a_muted_port_speaks_again_when_the_other_owner_has_ended() {
+    // Muted as it claimed, or by a later claim.
+    for (epoch, muted, other) in [(Epoch::FIRST, 2, 0), (Epoch::FIRST.after(5), 0, 2)] {
+        let mut world = World::new();
+        world.port(2, Here { epoch });
+        world.deliver_all();
+        world.pass(PATIENCE);
+        world.deliver_all();
+        assert!(world.open(other) && !world.open(muted));
+
+        world.at(other, |moves, now| moves.port_removed(now, key()));
+        world.deliver_all();
+        world.pass(PATIENCE);
+        world.deliver_all();
+
+        assert!(world.open(muted), "muted at {muted}");
+        let seen = world.switches[1].as_ref().unwrap().seen(key()).unwrap();
+        assert_eq!(seen.host.unwrap().as_str(), NAMES[muted]);
+    }
+}
+
+#[test]
 fn the_next_life_of_a_mac_may_begin_at_the_first_epoch_again() {
     let mut world = World::new();
     world.port(1, Arriving);
