@@ -190,6 +190,27 @@ fn an_arriving_port_waits_for_its_interface() {
 
 #[test]
 #[ignore = "needs root"]
+fn an_interface_that_could_not_be_taken_is_left_as_it_was() {
+    let mut site = Site::new(1);
+    site.start(1);
+    let h1 = &site.hosts[&1];
+    // Cannot be set up: somebody has its port.
+    let _holder = h1.enter(|| std::net::UdpSocket::bind("0.0.0.0:4790")).unwrap();
+    h1.run("ip link add v5 type vxlan id 5 dstport 4790 && ip addr add 192.0.2.1/24 dev v5");
+    let ipv6 = || h1.run("cat /proc/sys/net/ipv6/conf/v5/disable_ipv6");
+    let before = ipv6();
+
+    let kind = PortKind::Packet { interface: "v5".into() };
+    let refused = site.ask(1, SwitchRequest::PortAdd(PortSpec { vni: vni(VNI), kind, owned: None })).unwrap_err();
+
+    assert!(refused.contains("could not set v5 up"), "{refused}");
+    until("the guard is undone", || !h1.run("nft list ruleset").contains("v5"));
+    until("IPv6 is as before", || ipv6() == before);
+    assert!(h1.run("ip addr show dev v5").contains("192.0.2.1/24"));
+}
+
+#[test]
+#[ignore = "needs root"]
 fn a_reload_adds_and_removes_ports_and_networks() {
     let mut site = Site::new(1);
     site.guest(1);

@@ -181,8 +181,8 @@ impl DataPlane {
     /// closed.
     pub fn attach(&self, slot: PortSlot, id: PortId, kind: &PortKind, mtu: u16, arriving: bool) -> Result<(), AttachError> {
         let opened = self.wanted.open(kind, mtu, arriving);
-        if opened.is_ok() || arriving {
-            // Also when it has yet to arrive: a detach must undo the guard.
+        if arriving || !matches!(opened, Err(AttachError::NotThere(_) | AttachError::BadName(_))) {
+            // Also when it has yet to arrive or was not taken: a detach must undo the guard.
             self.wanted.ports().insert((slot, id), (kind.clone(), mtu));
         }
         let io = opened?;

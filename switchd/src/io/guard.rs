@@ -62,13 +62,17 @@ pub fn drop_all(interface: &str) -> Result<(), String> {
     })
 }
 
-/// Closes an existing interface to the host's stack. Doing it again is fine. `ahead`: [`drop_all`] was done when the
-/// interface did not exist yet, and holds.
+/// Closes an existing interface to the host's stack, but for its addresses: see [`strip`]. Doing it again is fine. `ahead`:
+/// [`drop_all`] was done when the interface did not exist yet, and holds.
 pub fn close(interface: &str, ahead: bool) -> Result<(), String> {
     if !ahead {
         drop_all(interface)?;
     }
-    set_ipv6_disabled(interface, "1").map_err(|error| format!("disable_ipv6: {error}"))?;
+    set_ipv6_disabled(interface, "1").map_err(|error| format!("disable_ipv6: {error}"))
+}
+
+/// Takes the interface's IPv4 addresses away, for good.
+pub fn strip(interface: &str) -> Result<(), String> {
     link::flush_addresses(interface).map_err(|error| format!("flushing addresses: {error}"))
 }
 
@@ -77,6 +81,7 @@ pub fn open(interface: &str) {
     let table = table(interface);
     if let Err(why) = nft(&format!("add table netdev {table}\ndelete table netdev {table}\n")) {
         tracing::warn!(interface, why, "could not remove the guard: the interface stays closed to the host");
+        return;
     }
     let default = std::fs::read_to_string("/proc/sys/net/ipv6/conf/default/disable_ipv6");
     let _ = set_ipv6_disabled(interface, default.as_deref().unwrap_or("0").trim());

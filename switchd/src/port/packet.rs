@@ -32,13 +32,11 @@ impl Packet {
         }
         let not_there = || AttachError::NotThere(interface.into());
         let index = link::index(interface).ok_or_else(not_there)?;
-        guard::close(interface, guarded).map_err(|why| match link::index(interface) {
+        let guard_failed = |why| match link::index(interface) {
             Some(_) => AttachError::Guard { interface: interface.into(), why },
             None => not_there(),
-        })?;
-        if matches!(link::driver(interface).as_deref(), Ok("veth" | "tun")) {
-            link::set_mtu(interface, OPEN_MTU).map_err(AttachError::io(format!("set the MTU of {interface}")))?;
-        }
+        };
+        guard::close(interface, guarded).map_err(guard_failed)?;
         let socket = sys::packet_socket().map_err(AttachError::io("open a packet socket"))?;
         let fd = socket.as_fd();
         for (option, what) in [
@@ -64,6 +62,11 @@ impl Packet {
         sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, promiscuous)
             .map_err(AttachError::io(format!("take all frames of {interface}")))?;
         link::set_up(interface).map_err(AttachError::io(format!("set {interface} up")))?;
+        if matches!(link::driver(interface).as_deref(), Ok("veth" | "tun")) {
+            link::set_mtu(interface, OPEN_MTU).map_err(AttachError::io(format!("set the MTU of {interface}")))?;
+        }
+        // Last, because nothing brings addresses back should the port come to nothing.
+        guard::strip(interface).map_err(guard_failed)?;
         Ok(Self { socket, interface: interface.into(), index })
     }
 
