@@ -6,7 +6,7 @@
 use crate::plan::Plan;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use violin_common::api::adapt::{DecisionSeen, Migration, Outcome};
+use violin_common::api::adapt::{DecisionSeen, Migration, Mode, Outcome};
 use violin_common::config::environment::{EnvironmentSpec, Node};
 use violin_common::control::monitor::{ImageDigest, VmSpec};
 use violin_common::{DomainId, EnvironmentId, Epoch, HostId, Instant, MacAddr, VmId, Vni};
@@ -115,6 +115,27 @@ pub enum RecordV1 {
         /// Where.
         host: HostId,
     },
+    /// An operator set what is done with decisions.
+    ModeSet(KeptMode),
+}
+
+/// A mode an operator set, kept over restarts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptMode {
+    /// What was set.
+    pub set: Mode,
+    /// What the configuration said then: whoever changes it there afterwards means that.
+    pub configured: Mode,
+}
+
+/// The mode a manager starts with, and why that: `--dry-run`, else what an operator has set, else the configuration.
+pub fn mode_at_start(dry_run: bool, kept: Option<KeptMode>, configured: Mode) -> (Mode, &'static str) {
+    match kept {
+        _ if dry_run => (Mode::DryRun, "--dry-run was given"),
+        Some(kept) if kept.configured == configured => (kept.set, "set by `violin mode` before this start"),
+        Some(_) => (configured, "the configuration; its `mode` was changed since `violin mode` was last used"),
+        None => (configured, "the configuration"),
+    }
 }
 
 /// An environment as the journal keeps it.
@@ -209,6 +230,8 @@ pub enum Goal {
 pub struct State {
     /// Generation of the last manager.
     pub generation: u64,
+    /// The mode an operator set last.
+    pub mode: Option<KeptMode>,
     /// Environments.
     pub environments: BTreeMap<EnvironmentId, KnownEnvironment>,
     /// VMs of them.
@@ -341,6 +364,7 @@ impl State {
             RecordV1::AccessClosed { environment, host } => {
                 self.doors.remove(&(environment.clone(), host.clone()));
             }
+            RecordV1::ModeSet(kept) => self.mode = Some(*kept),
         }
     }
 

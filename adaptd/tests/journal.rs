@@ -3,7 +3,7 @@
 use adaptd::io::journal::Journal;
 use adaptd::plan::{Origin, Plan, PlannedMove, planned};
 use adaptd::policy::Move;
-use adaptd::records::{KEPT, Keys, Life, Record, RecordV1, State, StoredEnvironment};
+use adaptd::records::{KEPT, KeptMode, Keys, Life, Record, RecordV1, State, StoredEnvironment, mode_at_start};
 use std::collections::BTreeMap;
 use violin_common::api::adapt::{DecisionSeen, Migration, Mode, Outcome};
 use violin_common::config::environment::EnvironmentSpec;
@@ -216,6 +216,18 @@ fn the_state_does_not_grow_with_every_move_and_decision() {
     assert_eq!((state.decisions.len(), state.migrations.len()), (KEPT, KEPT));
     assert!(state.migrations.contains_key(&1) && !state.migrations.contains_key(&2));
     assert_eq!((state.next_decision(), state.next_migration()), (2501, 2501));
+}
+
+#[test]
+fn the_mode_an_operator_set_holds_until_the_configuration_or_the_command_line_says_otherwise() {
+    let set = |set| RecordV1::ModeSet(KeptMode { set, configured: Mode::Act });
+    let kept = replayed(&[set(Mode::Observe), set(Mode::DryRun), RecordV1::Generation { generation: 2, at: Instant(1) }]).mode;
+    let mode = |dry_run, kept, configured| mode_at_start(dry_run, kept, configured).0;
+
+    assert_eq!(mode(false, kept, Mode::Act), Mode::DryRun);
+    assert_eq!(mode(false, kept, Mode::Observe), Mode::Observe);
+    assert_eq!(mode(true, kept, Mode::Observe), Mode::DryRun);
+    assert_eq!(mode(false, None, Mode::Act), Mode::Act);
 }
 
 #[test]

@@ -101,10 +101,10 @@ enum Command {
         /// VM.
         vm: VmId,
     },
-    /// Show or set what the manager does with its decisions, until it is restarted.
+    /// Show or set what the manager does with its decisions; kept over its restarts.
     ///
-    /// In no mode does it leave unfinished what it or an earlier manager began, or refuse moves by hand. A restarted manager
-    /// takes the mode of its configuration.
+    /// In no mode does it leave unfinished what it or an earlier manager began, or refuse moves by hand. At its next start
+    /// `--dry-run` and a `mode` that was changed in its configuration since win over what was set here; its log says which.
     Mode {
         /// New mode.
         mode: Option<cmd::decisions::ModeWord>,

@@ -10,6 +10,7 @@ use crate::io::{clock, execute};
 use crate::model::{Snapshot, Standing};
 use crate::plan::Origin;
 use crate::policy::{Move, Proposal, violin};
+use crate::records::{KeptMode, RecordV1};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
@@ -90,6 +91,10 @@ fn at_once(shared: &Shared, request: AdaptRequest) -> Result<AdaptReply, String>
             moving: count(world.state.migrations.values().filter(|seen| seen.outcome == Outcome::Running).count()),
         }),
         AdaptRequest::SetMode(mode) => {
+            let kept = KeptMode { set: mode, configured: shared.config.mode };
+            if world.state.mode != Some(kept) {
+                shared.record(&mut world, RecordV1::ModeSet(kept))?;
+            }
             tracing::info!(?mode, "mode set");
             world.mode = mode;
             AdaptReply::Done
