@@ -11,7 +11,7 @@ use violin_common::config::environment::{EnvironmentSpec, Node};
 use violin_common::control::monitor::{ImageDigest, VmSpec};
 use violin_common::{DomainId, EnvironmentId, Epoch, HostId, Instant, MacAddr, VmId, Vni};
 
-/// Most decisions, and most migrations of ended plans, held in memory; the journal holds all.
+/// Most decisions, and most migrations of ended plans, held in memory; the journal holds more decisions and all moves.
 pub const KEPT: usize = 1000;
 
 /// One line of the journal, versioned.
