@@ -4,6 +4,7 @@ mod deployment;
 
 use deployment::Deployment;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, Event, Mode, Outcome};
+use violin_common::api::switch::SwitchRequest;
 use violin_common::config::environment::EnvironmentSpec;
 use violin_common::control::monitor::VmState;
 
@@ -473,6 +474,10 @@ async fn what_cannot_be_moved_is_refused_in_words() {
         (migrate("alpha-c1", "h9"), "no host h9"),
         (migrate("alpha-c1", "h1"), "on h1 already"),
         (AdaptRequest::EnvMove { environment: "gamma".parse().unwrap(), to: "d2".parse().unwrap() }, "gamma"),
+        (
+            AdaptRequest::Switch { host: "h9".parse().unwrap(), request: SwitchRequest::PortList },
+            "got host h9, want one whose monitor has called since this manager started: h1 h2 h3",
+        ),
         (AdaptRequest::EnvDown { environment: "gamma".parse().unwrap() }, "gamma"),
     ] {
         let words = deployment.ask(request).await.unwrap_err();
