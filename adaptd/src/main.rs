@@ -8,7 +8,6 @@ use std::path::PathBuf;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use violin_channel::tls::Credentials;
-use violin_common::api::adapt::Mode;
 use violin_common::config::adapt::AdaptConfig;
 
 /// violin's adaptation manager: observes hosts and VMs, decides, explains, moves VMs.
@@ -21,7 +20,8 @@ struct Arguments {
     /// Reads and checks the configuration and its certificate, then ends.
     #[arg(long)]
     check: bool,
-    /// Decides and lists what it would do, and begins no move by itself; overrides `mode`. What an earlier manager left
+    /// Decides and lists what it would do, and begins no move by itself; overrides `mode` and what `violin mode` set
+    /// before this start. What an earlier manager left
     /// unfinished is still finished or undone, and what operators ask for is done.
     #[arg(long)]
     dry_run: bool,
@@ -40,14 +40,11 @@ fn main() -> std::process::ExitCode {
 fn start(arguments: &Arguments) -> anyhow::Result<()> {
     let path = arguments.config.display();
     let text = std::fs::read_to_string(&arguments.config).with_context(|| format!("reading the configuration {path}"))?;
-    let mut config = AdaptConfig::parse(&text).with_context(|| format!("configuration {path}"))?;
+    let config = AdaptConfig::parse(&text).with_context(|| format!("configuration {path}"))?;
     if arguments.check {
         Credentials::load(&config.tls).with_context(|| format!("configuration {path}"))?;
         println!("{path}: good");
         return Ok(());
-    }
-    if arguments.dry_run {
-        config.mode = Mode::DryRun;
     }
     let filter = EnvFilter::try_from_env("VIOLIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let ansi = std::io::stderr().is_terminal();
@@ -62,6 +59,6 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
                 _ = interrupt.recv() => {}
             }
         };
-        adaptd::io::run::run(config, stop).await
+        adaptd::io::run::run(config, arguments.dry_run, stop).await
     })
 }

@@ -1,9 +1,9 @@
 //! What the journal's records add up to, read again from bytes.
 
-use adaptd::io::journal::Journal;
+use adaptd::io::journal::{DECISIONS, Journal};
 use adaptd::plan::{Origin, Plan, PlannedMove, planned};
 use adaptd::policy::Move;
-use adaptd::records::{KEPT, Keys, Life, Record, RecordV1, State, StoredEnvironment};
+use adaptd::records::{KEPT, KeptMode, Keys, Life, Record, RecordV1, State, StoredEnvironment, mode_at_start};
 use std::collections::BTreeMap;
 use violin_common::api::adapt::{DecisionSeen, Migration, Mode, Outcome};
 use violin_common::config::environment::EnvironmentSpec;
@@ -216,6 +216,63 @@ fn the_state_does_not_grow_with_every_move_and_decision() {
     assert_eq!((state.decisions.len(), state.migrations.len()), (KEPT, KEPT));
     assert!(state.migrations.contains_key(&1) && !state.migrations.contains_key(&2));
     assert_eq!((state.next_decision(), state.next_migration()), (2501, 2501));
+}
+
+#[test]
+fn the_mode_an_operator_set_holds_until_the_configuration_or_the_command_line_says_otherwise() {
+    let set = |set| RecordV1::ModeSet(KeptMode { set, configured: Mode::Act });
+    let kept = replayed(&[set(Mode::Observe), set(Mode::DryRun), RecordV1::Generation { generation: 2, at: Instant(1) }]).mode;
+    let mode = |dry_run, kept, configured| mode_at_start(dry_run, kept, configured).0;
+
+    assert_eq!(mode(false, kept, Mode::Act), Mode::DryRun);
+    assert_eq!(mode(false, kept, Mode::Observe), Mode::Observe);
+    assert_eq!(mode(true, kept, Mode::Observe), Mode::DryRun);
+    assert_eq!(mode(false, None, Mode::Act), Mode::Act);
+}
+
+#[test]
+fn the_file_forgets_the_oldest_decisions_and_reads_the_same_again() {
+    let decided = |number| RecordV1::Decided {
+        decision: Box::new(DecisionSeen {
+            number,
+            at: Instant(1),
+            mode: Mode::Act,
+            policy: "violin".into(),
+            moves: Vec::new(),
+            reason: String::new(),
+            terms: Vec::new(),
+            refusals: Vec::new(),
+        }),
+        snapshot: String::new(),
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal.redb");
+    let many = DECISIONS as u64 + 3;
+    // As a manager without this limit left it: one transaction is quicker than many.
+    drop(Journal::open(&path, Instant(1)).unwrap());
+    let records = redb::TableDefinition::<u64, &[u8]>::new("records");
+    let write = redb::Database::open(&path).unwrap().begin_write().unwrap();
+    for number in 1..=many {
+        let bytes = postcard::to_stdvec(&Record::V1(decided(number))).unwrap();
+        write.open_table(records).unwrap().insert(number, bytes.as_slice()).unwrap();
+    }
+    write.commit().unwrap();
+
+    let (mut journal, mut live) = Journal::open(&path, Instant(2)).unwrap();
+    for number in [many + 1, many + 2] {
+        let record = Record::V1(decided(number));
+        journal.append(&record).unwrap();
+        live.apply(&record);
+    }
+    drop(journal);
+
+    let (journal, read) = Journal::open(&path, Instant(3)).unwrap();
+    live.generation += 1;
+    assert_eq!(read, live);
+    drop(journal);
+    let stored = redb::ReadableDatabase::begin_read(&redb::Database::open(&path).unwrap()).unwrap().open_table(records).unwrap();
+    // And three generations.
+    assert_eq!(redb::ReadableTableMetadata::len(&stored).unwrap(), DECISIONS as u64 + 3);
 }
 
 #[test]

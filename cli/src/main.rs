@@ -8,16 +8,33 @@ use clap::Parser as _;
 use std::process::ExitCode;
 use violin_common::{EnvironmentId, VmId, Vni};
 
+const EXIT: &str = "\
+Examples:
+  violin lab up                                      a lab of three hosts (as root)
+  violin env up configs/environments/alpha.toml      a virtual cluster
+  violin run alpha -- ./hello                        an MPI program in it
+  violin vm migrate alpha-c1 --to h2                 a move by hand
+  violin why alpha-c1                                why it is where it is
+  violin --json host                                 the same for programs
+  violin --switch-socket /run/violin/switchd.sock counters
+
+Exit status:
+  0    done
+  1    not done, or done in part; the standard error says what was got, what is wanted and what to do
+  2    the command line was not understood
+  141  nobody reads the standard output any more
+`ssh` and `run` end with the status of the command over there, 255 if ssh could not reach it.";
+
 /// Isolated virtual clusters that span network domains and move themselves.
 ///
 /// Talks to the manager (adaptd) over its Unix socket, or to one switch (switchd) with --switch-socket. Tables are for
 /// people; --json prints the same for programs.
 #[derive(Debug, clap::Parser)]
-#[command(version, max_term_width = 110)]
+#[command(version, max_term_width = 110, after_long_help = EXIT)]
 struct Cli {
     #[command(flatten)]
     target: target::Target,
-    /// Print JSON.
+    /// Print JSON (`ssh`, `cp` and `run` print what the guest does).
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -29,50 +46,59 @@ enum Command {
     /// Hosts, domains, a WAN and guests on this one machine: for trying, testing, measuring.
     #[command(subcommand)]
     Lab(cmd::lab::Lab),
-    /// Environments: start, end, show, move.
+    /// Environments (virtual clusters): start, end, show, move.
     #[command(subcommand)]
     Env(cmd::env::Env),
     /// Open a shell on a node of an environment, or run a command there.
+    ///
+    /// As root, on the host the manager runs on. Ends with the command's status, 255 if ssh could not reach the node.
+    #[command(after_help = "Examples: violin ssh alpha\n          violin ssh alpha c1 -- uptime")]
     Ssh {
         /// Environment.
         environment: EnvironmentId,
-        /// Node (default: the head node).
+        /// Node, for example c1 (default: the head node).
         node: Option<String>,
         /// Command and arguments.
-        #[arg(last = true)]
+        #[arg(last = true, value_name = "COMMAND")]
         words: Vec<String>,
     },
-    /// Copy a file: one of FROM and TO is ENV:NODE:PATH.
+    /// Copy a file into or out of a node: one of FROM and TO is ENV:NODE:PATH.
+    #[command(after_help = "Examples: violin cp hello alpha:head:/root/hello\n          violin cp alpha:c1:/root/log log")]
     Cp {
-        /// From.
+        /// File here, or ENV:NODE:PATH.
         from: String,
-        /// To.
+        /// File here, or ENV:NODE:PATH; one that is there is replaced when the whole has come.
         to: String,
     },
-    /// Run an MPI program over an environment's compute nodes.
+    /// Run an MPI program over an environment's compute nodes, from its head node.
+    ///
+    /// The program must be on every node: `violin cp` brings it there. Ends with the status of mpirun.
+    #[command(after_help = "Example: violin run alpha -n 4 --directory /opt/job -- ./hello 100")]
     Run {
         /// Environment.
         environment: EnvironmentId,
         /// MPI ranks (default: one a vCPU).
-        #[arg(long, short = 'n')]
+        #[arg(long, short = 'n', value_name = "N")]
         ranks: Option<u32>,
         /// Directory it runs in, on every node.
-        #[arg(long, default_value = "/root")]
+        #[arg(long, default_value = "/root", value_name = "PATH")]
         directory: String,
         /// Program and arguments.
-        #[arg(last = true, required = true)]
+        #[arg(last = true, required = true, value_name = "COMMAND")]
         words: Vec<String>,
     },
     /// List hosts.
+    ///
+    /// CORES as declared, WANTED the cores its VMs want, SCORE its high-demand VMs a core, SEEN the age of its last observation.
     Host,
-    /// VMs: list, migrate.
+    /// VMs: list, migrate, abort a move.
     #[command(subcommand)]
     Vm(cmd::vm::Vm),
     /// List the forwarding databases of the switches.
     Fdb {
         #[command(flatten)]
         of: cmd::switch::Of,
-        /// Only this network.
+        /// Only this network, 1 to 16777215.
         #[arg(long, value_parser = parse_vni)]
         vni: Option<Vni>,
     },
@@ -88,28 +114,30 @@ enum Command {
         #[arg(long)]
         all: bool,
     },
-    /// Show what the manager decided, with scores and refusals.
+    /// Show what the manager decided, with scores and refusals, oldest first.
     Decisions {
-        /// How many at most.
-        #[arg(long, default_value_t = 20)]
+        /// The last N; the manager holds 1000.
+        #[arg(long, value_name = "N", default_value_t = 20)]
         last: u32,
     },
-    /// List moves, ended and under way.
+    /// List moves under way and the last 1000.
+    ///
+    /// TOTAL is from its first step to its end, PAUSE how long the VM stood still.
     Migrations,
     /// Tell why a VM is where it is.
     Why {
-        /// VM.
+        /// VM, for example alpha-c1.
         vm: VmId,
     },
-    /// Show or set what the manager does with its decisions, until it is restarted.
+    /// Show or set what the manager does with its decisions; kept over its restarts.
     ///
-    /// In no mode does it leave unfinished what it or an earlier manager began, or refuse moves by hand. A restarted manager
-    /// takes the mode of its configuration.
+    /// In no mode does it leave unfinished what it or an earlier manager began, or refuse moves by hand. At its next start
+    /// `--dry-run` and a `mode` that was changed in its configuration since win over what was set here; its log says which.
     Mode {
         /// New mode.
         mode: Option<cmd::decisions::ModeWord>,
     },
-    /// Print decisions and moves as they happen.
+    /// Print decisions and moves as they happen, until Ctrl-C or the manager's end.
     Watch,
     /// Certificates for a deployment that has no authority of its own.
     #[command(subcommand)]

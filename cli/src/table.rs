@@ -3,6 +3,28 @@
 use anyhow::Result;
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
+use std::io::Write as _;
+
+/// `println!` that ends the program, as SIGPIPE would, when nobody reads any more: `violin watch | head -1` is no panic.
+macro_rules! say {
+    ($($words:tt)*) => { $crate::table::line(format_args!($($words)*)) };
+}
+pub(crate) use say;
+
+/// Status of a program whose reader has gone: 128 + SIGPIPE.
+const NO_READER: i32 = 141;
+
+/// Prints a line; see [`say`].
+pub(crate) fn line(words: std::fmt::Arguments<'_>) {
+    let mut out = std::io::stdout().lock();
+    if let Err(error) = writeln!(out, "{words}").and_then(|()| out.flush()) {
+        if error.kind() == std::io::ErrorKind::BrokenPipe {
+            std::process::exit(NO_READER);
+        }
+        eprintln!("violin: cannot write to the standard output: {error}");
+        std::process::exit(1);
+    }
+}
 
 /// How results are printed.
 #[derive(Debug, Clone, Copy)]
@@ -27,20 +49,20 @@ impl Output {
         for value in values {
             table.add_row(row(value));
         }
-        println!("{table}");
+        say!("{table}");
         Ok(())
     }
 
     /// Prints one value as JSON.
     pub(crate) fn value<T: Serialize>(self, value: &T) -> Result<()> {
-        println!("{}", serde_json::to_string_pretty(value)?);
+        say!("{}", serde_json::to_string_pretty(value)?);
         Ok(())
     }
 
     /// Prints words; nothing as JSON.
     pub(crate) fn words(self, words: &str) {
         if !self.json {
-            println!("{words}");
+            say!("{words}");
         }
     }
 }

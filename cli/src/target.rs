@@ -31,10 +31,18 @@ pub(crate) struct Target {
 impl Target {
     /// The manager's socket.
     pub(crate) fn manager(&self) -> Result<PathBuf> {
+        if self.switch_socket.is_some() {
+            bail!(
+                "got --switch-socket, but this command asks the manager: leave it out (`port`, `peer`, `fdb` and `counters` take it)"
+            );
+        }
         if let Some(path) = &self.socket {
             return Ok(path.clone());
         }
         if let Some(lab) = &self.lab {
+            if !Path::new(LABS).join(lab).exists() {
+                bail!("got lab {lab}, but there is none of that name; `violin lab list` lists labs");
+            }
             return Ok(lab_socket(lab));
         }
         if Path::new(SYSTEM_MANAGER).exists() {
@@ -101,6 +109,9 @@ impl Target {
     /// All hosts the manager knows, unless one switch was named.
     pub(crate) fn switches(&self, wanted: Option<HostId>) -> Result<Vec<Option<HostId>>> {
         if self.switch_socket.is_some() {
+            if let Some(host) = wanted {
+                bail!("got --host {host} and --switch-socket, want one of them: a socket is that of one switch");
+            }
             return Ok(vec![None]);
         }
         if wanted.is_some() {

@@ -90,6 +90,16 @@ name!(
     VmId, 33
 );
 
+/// What [`is_interface_name`] wants, in words.
+pub const INTERFACE_NAME: &str = "1 to 15 characters of letters, digits, '-', '_', '.' and '@', other than \".\" and \"..\"";
+
+/// Whether a network interface can have this name everywhere it goes: in the kernel (15 bytes), in paths below `/proc` and
+/// `/sys`, in nftables' rules. The kernel alone would take more.
+pub fn is_interface_name(name: &str) -> bool {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.@".contains(&byte);
+    (1..=15).contains(&name.len()) && name.bytes().all(legal) && name != "." && name != ".."
+}
+
 /// A port of one switch. Numbers are never reused during the life of a daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PortId(pub u32);
@@ -109,6 +119,29 @@ mod tests {
         assert!("alpha-c1".parse::<VmId>().is_ok());
         for bad in ["", "1a", "-a", "A", "a_b", "a/b", "a b", &"a".repeat(34)] {
             assert!(bad.parse::<VmId>().is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn interface_names_are_what_kernel_paths_and_nftables_take() {
+        for good in ["eth0", "vg-alpha-c1", "br0.42", "veth0@if3", "a.b_c", "...", "123456789012345"] {
+            assert!(is_interface_name(good), "{good:?} was refused");
+        }
+        for bad in ["", ".", "..", "a/b", "a b", "a:1", "a\"b", "a\0", "tap\n", "\u{e4}", "1234567890123456", "\u{e9}\u{e9}"] {
+            assert!(!is_interface_name(bad), "{bad:?} was accepted");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn an_accepted_interface_name_is_one_short_word_and_one_path_component(name in "\\PC{0,17}|[ -~]{0,17}|[a-z.@/:-]{0,17}") {
+            let component = std::path::Path::new(&name);
+            let one = component.components().count() == 1 && component.file_name().is_some_and(|file| file == name.as_str());
+            if is_interface_name(&name) {
+                proptest::prop_assert!(one && name.len() <= 15 && name.bytes().all(|byte| byte.is_ascii_graphic()));
+                let quoting = name.contains(['"', '\'', '\\', ':', '/', '*', '{', '}', ';', '#', '$']);
+                proptest::prop_assert!(!quoting);
+            }
         }
     }
 

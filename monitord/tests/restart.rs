@@ -111,6 +111,31 @@ fn a_vm_left_paused_in_a_move_is_called_running_by_nobody_until_it_runs() {
     assert!(host.switch.lock().unwrap().was_told_running());
 }
 
+/// The hypervisor gave up before it stopped the VM: no event of its own comes that says that it runs.
+#[test]
+fn a_vm_whose_destination_dies_for_good_while_its_memory_is_copied_is_owned_again() {
+    let host = Host::new();
+    let spec = host.left_behind(1, Standing::Here, VmState::Running);
+    let monitor = host.monitor();
+    until("its port is there", LIMIT, || host.has_port(&spec));
+    let (vm, to) = (spec.vm.clone(), "h2".parse().unwrap());
+    let migrate = Command::Migrate { vm: vm.clone(), to, uri: "fake:".into(), mode: MigrationMode::PreCopy };
+    let moving = {
+        let monitor = std::sync::Arc::clone(&monitor);
+        std::thread::spawn(move || ask(&monitor, migrate))
+    };
+    until("the switch has granted", LIMIT, || host.move_state(&spec) == Some(MoveState::Granted));
+    host.switch.lock().unwrap().peers_lost = true;
+
+    let broke = HypervisorError::Refused { asked: "moving it".into(), said: "the destination hung up".into() };
+    host.outcomes.send(Err(broke)).unwrap();
+
+    let Answer::Failed(words) = moving.join().unwrap() else { panic!("it moved") };
+    assert!(words.ends_with("the VM runs on here"), "{words}");
+    assert_eq!(host.move_state(&spec), Some(MoveState::Owned));
+    assert_eq!(monitor.known(), [VmSeen { vm, state: VmState::Running, leaving: false }]);
+}
+
 #[test]
 fn a_vm_whose_move_ended_in_doubt_is_cleared_away_when_it_runs_there() {
     let host = Host::new();

@@ -10,16 +10,17 @@ use crate::io::{clock, execute};
 use crate::model::{Snapshot, Standing};
 use crate::plan::Origin;
 use crate::policy::{Move, Proposal, violin};
+use crate::records::{KeptMode, RecordV1};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use violin_channel::local::Sink;
-use violin_common::VmId;
 use violin_common::api::Response;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, AdaptStatus, EnvironmentSeen, Event, Outcome};
 use violin_common::control::monitor::{Answer, Command};
+use violin_common::{HostId, VmId};
 
 /// Answers one request.
 pub async fn answer(shared: Arc<Shared>, request: AdaptRequest, sink: Sink<AdaptReply>) {
@@ -62,6 +63,10 @@ pub async fn answer(shared: Arc<Shared>, request: AdaptRequest, sink: Sink<Adapt
         AdaptRequest::Access { environment } => access(&shared, &environment).await,
         AdaptRequest::Switch { host, request } => {
             let command = Command::Switch(request);
+            if let Err(words) = is_known(&shared, &host) {
+                let _ = sink.finish(Err(words)).await;
+                return;
+            }
             match ask(&shared, &host, &command, Duration::from_secs(30), |_, _| {}).await {
                 Ok(Answer::Switch(Ok(reply))) => Ok(AdaptReply::Switch(reply)),
                 Ok(Answer::Switch(Err(words))) => Err(format!("the switch of {host}: {words}")),
@@ -90,6 +95,10 @@ fn at_once(shared: &Shared, request: AdaptRequest) -> Result<AdaptReply, String>
             moving: count(world.state.migrations.values().filter(|seen| seen.outcome == Outcome::Running).count()),
         }),
         AdaptRequest::SetMode(mode) => {
+            let kept = KeptMode { set: mode, configured: shared.config.mode };
+            if world.state.mode != Some(kept) {
+                shared.record(&mut world, RecordV1::ModeSet(kept))?;
+            }
             tracing::info!(?mode, "mode set");
             world.mode = mode;
             AdaptReply::Done
@@ -116,6 +125,16 @@ fn at_once(shared: &Shared, request: AdaptRequest) -> Result<AdaptReply, String>
 
 fn count(len: usize) -> u32 {
     u32::try_from(len).unwrap_or(u32::MAX)
+}
+
+fn is_known(shared: &Shared, host: &HostId) -> Result<(), String> {
+    let world = shared.world();
+    if world.hosts.contains_key(host) {
+        return Ok(());
+    }
+    let all = world.hosts.keys().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let all = if all.is_empty() { "(none)" } else { &all };
+    Err(format!("got host {host}, want one whose monitor has called since this manager started: {all}"))
 }
 
 fn no_vm(vm: &VmId, snapshot: &Snapshot) -> String {

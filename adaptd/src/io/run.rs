@@ -6,7 +6,7 @@ use crate::io::world::{Shared, World};
 use crate::io::{api, clock, execute, keys, monitors, reconcile};
 use crate::plan::{Origin, Stamp};
 use crate::policy::Refusal;
-use crate::records::{Life, RecordV1};
+use crate::records::{Life, RecordV1, mode_at_start};
 use anyhow::{Context, bail};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -22,8 +22,8 @@ const REFUSALS: Duration = Duration::from_secs(10);
 /// Most refusals written with one decision.
 const MOST_REFUSALS: usize = 50;
 
-/// Runs until `stop` ends or the journal fails.
-pub async fn run(config: AdaptConfig, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+/// Runs until `stop` ends or the journal fails; `dry_run`: whatever mode the journal and the configuration say.
+pub async fn run(config: AdaptConfig, dry_run: bool, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let credentials = Arc::new(Credentials::load(&config.tls)?);
     let (journal, state) = Journal::open(&config.journal, clock::now())?;
     tracing::info!(generation = journal.generation(), environments = state.environments.len(), "journal read");
@@ -32,8 +32,10 @@ pub async fn run(config: AdaptConfig, stop: impl Future<Output = ()>) -> anyhow:
     for (name, environment) in &state.environments {
         keys::store(&config.socket, name, &environment.stored.keys)?;
     }
-    let shared = Arc::new(Shared::new(config, journal, state));
-    tracing::info!(listen = %shared.config.listen, socket = %shared.config.socket.display(), mode = ?shared.config.mode, "adaptd runs");
+    let (mode, why) = mode_at_start(dry_run, state.mode, config.mode);
+    let shared = Arc::new(Shared::new(config, journal, state, mode));
+    let (listen, socket) = (shared.config.listen, shared.config.socket.display());
+    tracing::info!(%listen, %socket, ?mode, mode_from = why, "adaptd runs");
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(monitors::serve(Arc::clone(&shared), endpoint.clone()));
     let answering = Arc::clone(&shared);

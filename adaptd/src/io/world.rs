@@ -71,8 +71,7 @@ pub struct Shared {
 
 impl Shared {
     /// Starts from what the journal holds.
-    pub fn new(config: AdaptConfig, journal: Journal, state: State) -> Self {
-        let mode = config.mode;
+    pub fn new(config: AdaptConfig, journal: Journal, state: State, mode: Mode) -> Self {
         let world = World {
             journal,
             state,

@@ -4,6 +4,7 @@ mod deployment;
 
 use deployment::Deployment;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, Event, Mode, Outcome};
+use violin_common::api::switch::SwitchRequest;
 use violin_common::config::environment::EnvironmentSpec;
 use violin_common::control::monitor::VmState;
 
@@ -116,6 +117,23 @@ async fn a_dry_run_decides_and_moves_nothing() {
     assert_eq!(deployment.running("beta-c1"), ["h1"]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_manager_starts_again_in_the_mode_an_operator_set() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.ask(AdaptRequest::SetMode(Mode::DryRun)).await.unwrap();
+    let mode = |deployment: &Deployment| match deployment.ask_blocking(&AdaptRequest::Status) {
+        Ok(AdaptReply::Status(status)) => Some(status.mode),
+        _ => None,
+    };
+
+    deployment.kill();
+    deployment.start();
+
+    deployment.until("it answers again", |deployment| mode(deployment).is_some()).await;
+    assert_eq!(mode(&deployment), Some(Mode::DryRun));
+    assert!(deployment.log().contains("set by `violin mode` before this start"), "{}", deployment.log());
+}
+
 /// Kills the manager while a command is being carried out, in each state of a move.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_manager_killed_in_any_state_finishes_or_undoes_the_move() {
@@ -123,6 +141,8 @@ async fn a_manager_killed_in_any_state_finishes_or_undoes_the_move() {
         let mut deployment = crowded("act").await;
         deployment.hold(host, kind);
         deployment.until_reached(host, kind).await;
+        // This move is looked at, not those the next manager would think of.
+        deployment.ask(AdaptRequest::SetMode(Mode::Observe)).await.unwrap();
 
         deployment.kill();
         deployment.release();
@@ -454,6 +474,10 @@ async fn what_cannot_be_moved_is_refused_in_words() {
         (migrate("alpha-c1", "h9"), "no host h9"),
         (migrate("alpha-c1", "h1"), "on h1 already"),
         (AdaptRequest::EnvMove { environment: "gamma".parse().unwrap(), to: "d2".parse().unwrap() }, "gamma"),
+        (
+            AdaptRequest::Switch { host: "h9".parse().unwrap(), request: SwitchRequest::PortList },
+            "got host h9, want one whose monitor has called since this manager started: h1 h2 h3",
+        ),
         (AdaptRequest::EnvDown { environment: "gamma".parse().unwrap() }, "gamma"),
     ] {
         let words = deployment.ask(request).await.unwrap_err();

@@ -1,27 +1,36 @@
 //! `decisions`, `migrations`, `why`, `mode`, `watch`: what the manager thinks and does.
 
-use crate::table::Output;
+use crate::table::{Output, say};
 use crate::target::Target;
 use anyhow::{Result, bail};
 use std::ops::ControlFlow;
 use violin_common::VmId;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, DecisionSeen, Event, Migration, Mode};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, DecisionSeen, Event, Migration, Mode, Outcome};
 
 /// What the manager does with its decisions.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 pub(crate) enum ModeWord {
     /// Decide and act.
     Act,
-    /// Decide, write down, do nothing.
+    /// Decide, write down, begin no move.
     DryRun,
     /// Observe only.
     Observe,
 }
 
+/// A mode as operators write it.
+const fn word(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Act => "act",
+        Mode::DryRun => "dry-run",
+        Mode::Observe => "observe",
+    }
+}
+
 /// Shows or sets the mode.
-pub(crate) fn mode(target: &Target, output: Output, word: Option<ModeWord>) -> Result<()> {
-    if let Some(word) = word {
-        let mode = match word {
+pub(crate) fn mode(target: &Target, output: Output, new: Option<ModeWord>) -> Result<()> {
+    if let Some(new) = new {
+        let mode = match new {
             ModeWord::Act => Mode::Act,
             ModeWord::DryRun => Mode::DryRun,
             ModeWord::Observe => Mode::Observe,
@@ -32,9 +41,15 @@ pub(crate) fn mode(target: &Target, output: Output, word: Option<ModeWord>) -> R
     if output.json {
         return output.value(&status);
     }
-    println!(
-        "policy {}, mode {:?}, generation {}, {} hosts, {} VMs, {} moving (adaptd {})",
-        status.policy, status.mode, status.generation, status.hosts, status.vms, status.moving, status.version
+    say!(
+        "policy {}, mode {}, generation {}, {} hosts, {} VMs, {} moving (adaptd {})",
+        status.policy,
+        word(status.mode),
+        status.generation,
+        status.hosts,
+        status.vms,
+        status.moving,
+        status.version
     );
     Ok(())
 }
@@ -51,21 +66,21 @@ pub(crate) fn decisions(target: &Target, output: Output, last: u32) -> Result<()
         print_decision(decision);
     }
     if decisions.is_empty() {
-        println!("no decisions yet");
+        say!("no decisions yet");
     }
     Ok(())
 }
 
 fn print_decision(decision: &DecisionSeen) {
-    println!("decision {} ({}, {:?}): {}", decision.number, decision.policy, decision.mode, decision.reason);
+    say!("decision {} ({}, {}): {}", decision.number, decision.policy, word(decision.mode), decision.reason);
     for line in &decision.moves {
-        println!("  move    {line}");
+        say!("  move    {line}");
     }
     for term in &decision.terms {
-        println!("  score   {} {:.3} -> {:.3} {}", term.name, term.before, term.after, term.unit);
+        say!("  score   {} {:.3} -> {:.3} {}", term.name, term.before, term.after, term.unit);
     }
     for line in &decision.refusals {
-        println!("  refused {line}");
+        say!("  refused {line}");
     }
 }
 
@@ -83,34 +98,45 @@ pub(crate) fn why(target: &Target, output: Output, vm: VmId) -> Result<()> {
     if output.json {
         return output.value(&words);
     }
-    println!("{words}");
+    say!("{words}");
     Ok(())
 }
 
 /// Prints events as they happen.
 pub(crate) fn watch(target: &Target, output: Output) -> Result<()> {
-    target.stream(&AdaptRequest::Watch, |reply| {
+    let print = |reply| {
         let AdaptReply::Event(event) = reply else { return ControlFlow::Continue(()) };
         if output.json {
             match serde_json::to_string(&event) {
-                Ok(line) => println!("{line}"),
+                Ok(line) => say!("{line}"),
                 Err(error) => eprintln!("event not printable: {error}"),
             }
             return ControlFlow::Continue(());
         }
-        let told = |word: &str, migration: &Migration| {
-            println!(
-                "{word} move {}: {} {} -> {} ({})",
-                migration.number, migration.vm, migration.from, migration.to, migration.reason
+        let told = |what: &str, migration: &Migration| {
+            say!(
+                "{what} move {}: {} {} -> {} ({})",
+                migration.number,
+                migration.vm,
+                migration.from,
+                migration.to,
+                migration.reason
             );
         };
         match &event {
             Event::Decided(decision) => print_decision(decision),
             Event::Announced(migration) => told("announced", migration),
             Event::Began(migration) => told("began", migration),
-            Event::Ended(migration) => told("ended", migration),
-            Event::Host { host, connected } => println!("host {host} {}", if *connected { "connected" } else { "lost" }),
+            Event::Ended(migration) => {
+                told("ended", migration);
+                if let Outcome::Undone(why) = &migration.outcome {
+                    say!("  undone  {why}");
+                }
+            }
+            Event::Host { host, connected } => say!("host {host} {}", if *connected { "connected" } else { "lost" }),
         }
         ControlFlow::Continue(())
-    })
+    };
+    target.stream(&AdaptRequest::Watch, print)?;
+    bail!("the manager ended the connection; its log says more")
 }

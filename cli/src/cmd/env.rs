@@ -1,6 +1,6 @@
 //! `env`: environments from their files.
 
-use crate::table::{Output, or_dash};
+use crate::table::{Output, say};
 use crate::target::Target;
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
@@ -14,14 +14,17 @@ use violin_common::{DomainId, EnvironmentId, HostId};
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Env {
     /// Start an environment and wait until all its VMs are ready.
+    ///
+    /// All of it starts, or none. Its progress goes to the standard error.
+    #[command(after_help = "Example: violin env up configs/environments/alpha.toml --place head=h1 --place c1=h2")]
     Up {
         /// Its file (configs/environments/*.toml are examples).
         file: PathBuf,
         /// Host for a node, for example `c1=h2`; may be repeated. The others are placed by free cores.
         #[arg(long = "place", value_name = "NODE=HOST", value_parser = parse_place)]
         placement: Vec<(String, HostId)>,
-        /// Digest of the image its VMs boot (default: the lab's).
-        #[arg(long)]
+        /// Image its VMs boot: the SHA-256 of its manifest, 64 hexadecimal digits (default: the lab's).
+        #[arg(long, value_name = "DIGEST")]
         image: Option<String>,
     },
     /// End an environment: its VMs, its network, its access.
@@ -34,12 +37,15 @@ pub(crate) enum Env {
         /// Only this one.
         environment: Option<EnvironmentId>,
     },
-    /// Move all compute nodes of an environment to another domain, as one gang.
+    /// Move all compute nodes of an environment to another domain, as one gang; its head node stays.
+    ///
+    /// Fails if a move was undone; the gang's other VMs are then taken back.
+    #[command(after_help = "Example: violin env move alpha --to d2")]
     Move {
         /// Its name.
         environment: EnvironmentId,
-        /// Domain they go to.
-        #[arg(long)]
+        /// Domain they go to; `violin host` lists domains.
+        #[arg(long, value_name = "DOMAIN")]
         to: DomainId,
     },
 }
@@ -71,18 +77,16 @@ pub(crate) fn run(target: &Target, output: Output, command: Env) -> Result<()> {
             Ok(())
         }
         Env::Status { environment } => {
-            let environments = list(target)?;
-            let chosen: Vec<_> =
-                environments.into_iter().filter(|seen| environment.as_ref().is_none_or(|name| *name == seen.spec.name)).collect();
-            if let (Some(name), true) = (environment, chosen.is_empty()) {
-                bail!("no environment {name}; `violin env status` lists those there are");
-            }
+            let chosen = match environment {
+                Some(name) => vec![find(target, &name)?],
+                None => list(target)?,
+            };
             if output.json {
                 return output.value(&chosen);
             }
             for seen in &chosen {
                 let network = &seen.spec.network;
-                println!(
+                say!(
                     "environment {}: home {}, vni {}, {}/{}, {} VMs",
                     seen.spec.name,
                     seen.home,
@@ -94,7 +98,7 @@ pub(crate) fn run(target: &Target, output: Output, command: Env) -> Result<()> {
                 super::vm::print(output, &seen.vms)?;
             }
             if chosen.is_empty() {
-                println!("no environments; start one with: violin env up FILE");
+                say!("no environments; start one with: violin env up FILE");
             }
             Ok(())
         }
@@ -118,9 +122,9 @@ pub(crate) fn list(target: &Target) -> Result<Vec<EnvironmentSeen>> {
 /// One environment by name.
 pub(crate) fn find(target: &Target, name: &EnvironmentId) -> Result<EnvironmentSeen> {
     let environments = list(target)?;
-    let known = or_dash(Some(environments.iter().map(|seen| seen.spec.name.as_str()).collect::<Vec<_>>().join(", ")));
-    environments
-        .into_iter()
-        .find(|seen| seen.spec.name == *name)
-        .with_context(|| format!("got environment {name}, want one of: {known}"))
+    let known = environments.iter().map(|seen| seen.spec.name.as_str()).collect::<Vec<_>>().join(", ");
+    environments.into_iter().find(|seen| seen.spec.name == *name).with_context(|| match known.as_str() {
+        "" => format!("got environment {name}, but there is none; `violin env up FILE` starts one"),
+        known => format!("got environment {name}, want one of: {known}"),
+    })
 }

@@ -10,7 +10,8 @@ use violin_lab::{Guests, LabConfig, LabName, LabStatus, Layers, ProcessId, UpOpt
 /// Words about labs.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Lab {
-    /// Build a lab and start its daemons.
+    /// Build a lab and start its daemons; as root.
+    #[command(after_help = "Example: violin lab up --guests sandbox --name try")]
     Up {
         /// Lab file.
         #[arg(long, short, default_value = "configs/lab/three-hosts.toml", value_name = "FILE")]
@@ -21,7 +22,7 @@ pub(crate) enum Lab {
         /// What guests are, instead of what the file says.
         #[arg(long)]
         guests: Option<GuestsWord>,
-        /// Folder of a guest image, put into the first host's store.
+        /// Folder of a guest image (`scripts/build` makes target/image), put into the first host's store; QEMU guests need one.
         #[arg(long, value_name = "DIR")]
         image: Option<PathBuf>,
         /// How far to build.

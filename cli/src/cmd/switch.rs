@@ -40,10 +40,14 @@ fn each<T: Serialize, const N: usize>(
         match reply {
             Ok(values) => all.extend(values.into_iter().map(|what| On { host: host.clone(), what })),
             Err(error) => {
-                eprintln!("{}: {error:#}", or_dash(host.as_ref()));
-                silent.push(or_dash(host.as_ref()));
+                let which = host.as_ref().map_or_else(|| "the switch".to_owned(), ToString::to_string);
+                eprintln!("{which}: {error:#}");
+                silent.push(which);
             }
         }
+    }
+    if all.is_empty() && !silent.is_empty() {
+        bail!("no answer of {}", silent.join(" "));
     }
     output.list(&all, head, row)?;
     if silent.is_empty() { Ok(()) } else { bail!("no answer of {}; the others are above", silent.join(" ")) }

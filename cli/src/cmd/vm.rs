@@ -10,13 +10,19 @@ use violin_common::{HostId, VmId};
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Vm {
     /// List VMs: where they run and what they want.
+    ///
+    /// RUN, WAIT and DEMAND are of the last observation, in percent of the VM's vCPUs: time it ran, time it was ready and
+    /// waited, and what the manager takes it to want. SMOOTHED is the mean of DEMAND that decisions are taken on.
     List,
-    /// Move a VM to another host while it runs.
+    /// Move a VM to another host while it runs, and wait for the end.
+    ///
+    /// Fails if the move was undone: the VM then runs where it was.
+    #[command(after_help = "Example: violin vm migrate alpha-c1 --to h2")]
     Migrate {
         /// VM, for example alpha-c1.
         vm: VmId,
         /// Host it goes to.
-        #[arg(long)]
+        #[arg(long, value_name = "HOST")]
         to: HostId,
     },
     /// Give up the move of a VM that is under way: it runs on where it was. A gang takes its other VMs back.

@@ -1,6 +1,7 @@
 //! `switchd.toml`.
 
 use super::{ConfigError, Span, Tls, from_toml};
+use crate::id::{INTERFACE_NAME, is_interface_name};
 use crate::{DomainId, HostId, MacAddr, Vni};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -160,12 +161,12 @@ impl SwitchConfig {
                 return Err(ConfigError::value(format!("port[{index}].mac"), mac, "an individual address, once a network"));
             }
             if let PortConfig::Packet { interface, .. } | PortConfig::Tap { interface, .. } = port
-                && (interface.is_empty() || interface.len() > 15 || !interfaces.insert(interface))
+                && (!is_interface_name(interface) || !interfaces.insert(interface))
             {
                 return Err(ConfigError::value(
                     format!("port[{index}].interface"),
                     interface,
-                    "1 to 15 bytes, each interface once",
+                    format!("{INTERFACE_NAME}; each interface once"),
                 ));
             }
         }
@@ -214,6 +215,7 @@ mod tests {
             ("host = \"h1\"", "hots = \"h1\"", "unknown field `hots`"),
             ("interface = \"tap42\"", "interface = \"veth42\"", "key `port[1].interface`: got veth42, want"),
             ("# mac = \"52:54:00:00:00:2a\"", "mac = \"53:54:00:00:00:2a\"", "key `port[0].mac`: got 53:54:00:00:00:2a, want"),
+            ("interface = \"tap42\"", "interface = \"tap/42\"", "key `port[1].interface`: got tap/42, want 1 to 15 characters"),
             ("# netns", "unknown-key", "unknown field `unknown-key`"),
         ];
         for (from, to, wanted) in cases {

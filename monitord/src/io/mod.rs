@@ -3,6 +3,7 @@
 mod access;
 pub mod cgroup;
 pub mod clock;
+pub mod console;
 mod each;
 pub mod images;
 #[cfg(feature = "libvirt")]

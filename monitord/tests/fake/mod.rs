@@ -43,6 +43,10 @@ pub struct SwitchState {
     moves: HashMap<MacAddr, MoveState>,
     /// MACs another switch owns, whatever happens here.
     elsewhere: HashSet<MacAddr>,
+    /// Destinations are lost for good: of a move that was granted, only a word said after its abort takes the MAC back.
+    pub peers_lost: bool,
+    /// MACs whose grant was aborted and that nobody released.
+    aborted: HashSet<MacAddr>,
     pub told: Vec<SwitchRequest>,
 }
 
@@ -67,6 +71,16 @@ impl SwitchState {
             }
             None => no_port(),
         };
+        if self.peers_lost {
+            match &request {
+                SwitchRequest::MoveAbort { mac, .. } => {
+                    self.aborted.insert(*mac);
+                    return Response::Ok(SwitchReply::Done);
+                }
+                SwitchRequest::MoveRunning { mac, .. } if !self.aborted.contains(mac) => return Response::Ok(SwitchReply::Done),
+                _ => {}
+            }
+        }
         match request {
             SwitchRequest::PortList => Response::Ok(SwitchReply::Ports(self.ports.clone())),
             SwitchRequest::Traffic => Response::Ok(SwitchReply::Traffic(Vec::new())),

@@ -98,4 +98,11 @@ mod tests {
         assert_eq!(name(&long('1')).len(), NAME_MAX);
         assert_ne!(name(&long('1')), name(&long('2')));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn every_vm_has_an_interface_name(vm in "[a-z][a-z0-9-]{0,32}") {
+            proptest::prop_assert!(violin_common::is_interface_name(&name(&vm.parse().unwrap())));
+        }
+    }
 }

@@ -5,7 +5,7 @@ use super::start::BOOT_LIMIT;
 use super::{Monitor, Vm, lock};
 use crate::demand::{Load, Recent, demands};
 use crate::hypervisor::Usage;
-use crate::io::{clock, proc};
+use crate::io::{clock, console, proc};
 use crate::sample::{At, Traffic, cpu, rate};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,6 +23,7 @@ struct Last {
     /// Loads of the last few periods.
     recent: BTreeMap<VmId, Recent>,
     traffic: Traffic,
+    consoles_cut: u64,
 }
 
 impl Monitor {
@@ -53,6 +54,7 @@ impl Monitor {
         let at = clock::now();
         let ports = by_vm(&ports);
         let here: Vec<Vm> = lock(&self.vms).values().filter(|vm| vm.state != VmState::Arriving).cloned().collect();
+        self.bound_consoles(&here, last);
         let mut samples = Vec::new();
         let mut loads = Vec::new();
         let mut recent = BTreeMap::new();
@@ -96,6 +98,19 @@ impl Monitor {
         (last.usage, last.net, last.recent) = (usage, net, recent);
         let host = self.host_sample(loads.iter().map(|(load, _)| load.run).sum(), &mut missing);
         Observation { at, host, vms: samples, traffic, missing }
+    }
+
+    fn bound_consoles(&self, here: &[Vm], last: &mut Last) {
+        for vm in here.iter().map(|known| &known.record.spec.vm) {
+            match console::bound(&self.hypervisor.console(vm)) {
+                Ok(0) => {}
+                Ok(bytes) => {
+                    last.consoles_cut += 1;
+                    tracing::warn!(vm = %vm, bytes, consoles_cut = last.consoles_cut, "cut the start off a console too long");
+                }
+                Err(error) => tracing::debug!(vm = %vm, %error, "looking at the console's length"),
+            }
+        }
     }
 
     fn ask_switch(&self, last: &mut Last, missing: &mut Vec<String>) -> (Vec<PortSeen>, Vec<TrafficSample>) {

@@ -3,18 +3,15 @@
 use super::{Monitor, Trouble, Vm};
 use crate::hypervisor::{HypervisorError, ImageFiles};
 use crate::io::cgroup::HostGroup;
+use crate::io::console::is_ready;
 use crate::io::record::Record;
 use crate::transaction::{Made, Part, Standing};
-use std::io::{Read, Seek, SeekFrom};
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant as Clock};
 use violin_common::control::monitor::{Answer, VmSeen, VmSpec, VmState};
 use violin_common::{Epoch, VmId};
 
-/// Line by which a guest says that it is up.
-const READY: &str = "violin-guest: ready";
 /// How often a booting guest's console is read.
 const LOOK: Duration = Duration::from_millis(100);
 /// A guest not up by then no longer holds the quota off the whole host.
@@ -167,17 +164,4 @@ impl Monitor {
         }
         self.set_quota();
     }
-}
-
-/// Whether the guest whose console this is has said that it is up. Reads the last 256 KiB: a guest says it early.
-pub(super) fn is_ready(console: &Path) -> bool {
-    let read = || -> std::io::Result<Vec<u8>> {
-        let mut file = std::fs::File::open(console)?;
-        let len = file.metadata()?.len();
-        file.seek(SeekFrom::Start(len.saturating_sub(256 << 10)))?;
-        let mut bytes = Vec::new();
-        file.take(256 << 10).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    read().is_ok_and(|bytes| String::from_utf8_lossy(&bytes).lines().any(|line| line.trim_end().ends_with(READY)))
 }

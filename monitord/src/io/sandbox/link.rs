@@ -110,4 +110,11 @@ mod tests {
         assert!(names.iter().all(|name| name.len() <= 15), "{names:?}");
         assert_ne!(names[1], names[2]);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn every_vm_has_an_interface_name(vm in "[a-z][a-z0-9-]{0,32}") {
+            proptest::prop_assert!(violin_common::is_interface_name(&name(&vm.parse().unwrap())));
+        }
+    }
 }

@@ -1,151 +1,15 @@
-//! What the journal holds, and the state its records add up to.
-//!
-//! Records are written before anything is done and never changed; [`State::apply`] is the only way the state changes, so
-//! a restart that reads the records again arrives at the same state. Enums only ever grow at their end.
+//! The state the records add up to: environments, VMs, decisions, moves.
 
+use super::{KeptMode, Record, RecordV1, StoredEnvironment};
 use crate::plan::Plan;
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use violin_common::api::adapt::{DecisionSeen, Migration, Outcome};
-use violin_common::config::environment::{EnvironmentSpec, Node};
-use violin_common::control::monitor::{ImageDigest, VmSpec};
+use violin_common::config::environment::Node;
+use violin_common::control::monitor::VmSpec;
 use violin_common::{DomainId, EnvironmentId, Epoch, HostId, Instant, MacAddr, VmId, Vni};
 
-/// Most decisions, and most migrations of ended plans, held in memory; the journal holds all.
+/// Most decisions, and most migrations of ended plans, held in memory; the journal holds more decisions and all moves.
 pub const KEPT: usize = 1000;
-
-/// One line of the journal, versioned.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum Record {
-    /// The first form.
-    V1(RecordV1),
-}
-
-/// What happened, or is about to.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum RecordV1 {
-    /// A manager started; plans of lower generations are finished or undone by it and by no other.
-    Generation {
-        /// Its generation.
-        generation: u64,
-        /// When, on the machine's monotonic clock.
-        at: Instant,
-    },
-    /// An environment is about to be started.
-    EnvironmentBegins(Box<StoredEnvironment>),
-    /// A VM is about to be started.
-    VmStarts {
-        /// Which.
-        vm: VmId,
-        /// Epoch its port claims.
-        epoch: Epoch,
-    },
-    /// All its VMs are ready.
-    EnvironmentReady(EnvironmentId),
-    /// An environment is about to be ended: none of its VMs may run anywhere from now on.
-    EnvironmentEnds(EnvironmentId),
-    /// Nothing is left of it.
-    EnvironmentGone(EnvironmentId),
-    /// A VM was found on another host than the journal says, without a move of ours.
-    VmFound {
-        /// Which.
-        vm: VmId,
-        /// Where.
-        host: HostId,
-    },
-    /// A decision was taken.
-    Decided {
-        /// As it is told.
-        decision: Box<DecisionSeen>,
-        /// The snapshot it was taken on, as text.
-        snapshot: String,
-    },
-    /// A plan is about to be carried out; its migrations are announced.
-    PlanBegins {
-        /// The plan.
-        plan: Box<Plan>,
-        /// Its migrations, in the order of its moves.
-        migrations: Vec<Migration>,
-    },
-    /// A step of a move is about to be done.
-    StepBegins {
-        /// Number of the migration.
-        migration: u64,
-        /// Place of the step in its move, from 0.
-        step: u32,
-        /// When.
-        at: Instant,
-    },
-    /// The plan's finished moves are about to be taken back by these migrations.
-    PlanReturns {
-        /// Number of the plan.
-        plan: u64,
-        /// The moves back.
-        back: Vec<crate::plan::PlannedMove>,
-        /// Their migrations.
-        migrations: Vec<Migration>,
-        /// Why.
-        why: String,
-    },
-    /// A move ended; the VM is where its outcome says.
-    MoveEnded(Box<Migration>),
-    /// All moves of a plan have ended.
-    PlanEnded {
-        /// Number of the plan.
-        plan: u64,
-    },
-    /// The access namespace of an environment is about to be made on a host.
-    AccessOpens {
-        /// Environment.
-        environment: EnvironmentId,
-        /// Where.
-        host: HostId,
-    },
-    /// A host's monitor has said that an ended VM is stopped there.
-    VmStopped {
-        /// Which.
-        vm: VmId,
-        /// Where.
-        host: HostId,
-    },
-    /// A host's monitor has said that the access namespace of an environment is gone there.
-    AccessClosed {
-        /// Environment.
-        environment: EnvironmentId,
-        /// Where.
-        host: HostId,
-    },
-}
-
-/// An environment as the journal keeps it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct StoredEnvironment {
-    /// As it was asked for.
-    pub spec: EnvironmentSpec,
-    /// Domain its head node stays in.
-    pub home: DomainId,
-    /// Image of its VMs.
-    pub image: Option<ImageDigest>,
-    /// Where each VM is placed first.
-    pub placement: BTreeMap<VmId, HostId>,
-    /// Key pair of the environment.
-    pub keys: Keys,
-}
-
-/// An OpenSSH key pair.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Keys {
-    /// One line, as in `authorized_keys`.
-    pub public: String,
-    /// PEM.
-    pub private: String,
-}
-
-impl std::fmt::Debug for Keys {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Keys").field("public", &self.public).finish_non_exhaustive()
-    }
-}
 
 /// How far an environment is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -209,6 +73,8 @@ pub enum Goal {
 pub struct State {
     /// Generation of the last manager.
     pub generation: u64,
+    /// The mode an operator set last.
+    pub mode: Option<KeptMode>,
     /// Environments.
     pub environments: BTreeMap<EnvironmentId, KnownEnvironment>,
     /// VMs of them.
@@ -341,6 +207,7 @@ impl State {
             RecordV1::AccessClosed { environment, host } => {
                 self.doors.remove(&(environment.clone(), host.clone()));
             }
+            RecordV1::ModeSet(kept) => self.mode = Some(*kept),
         }
     }
 
