@@ -221,9 +221,11 @@ fn a_switch_killed_in_any_state_of_a_move_leaves_the_vm_running_once() {
         site.restarted.start(&victim.netns_path(), "switchd", &victim.dir);
         let began = Instant::now();
         let number = site.lab.migrations().len();
-        let said = site.lab.outcome(number);
         site.lab.runs_once("three", "c1");
-        println!("{end}'s switchd killed when {state}: {said}; it answers {:.1} s after", began.elapsed().as_secs_f64());
+        let answers = began.elapsed().as_secs_f64();
+        let said = site.lab.outcome(number);
+        let ended = began.elapsed().as_secs_f64();
+        println!("{end}'s switchd killed when {state}: it answers {answers:.1} s after; {said} {ended:.1} s after");
         drop(moving.wait());
         let here = site.lab.host_of(VM);
         assert_eq!(here, if said.contains("done") && !said.contains("undone") { to } else { from.as_str() }, "{said}");
