@@ -13,6 +13,7 @@ use nix::fcntl::Flock;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -126,7 +127,10 @@ fn keep_logs(state: &LabState) -> Result<Option<PathBuf>> {
     if logs.is_empty() {
         return Ok(None);
     }
-    let folder = tempfile::Builder::new().prefix(&format!("violin-lab-{}-failed-", state.name)).tempdir();
+    let folder = tempfile::Builder::new()
+        .prefix(&format!("violin-lab-{}-failed-", state.name))
+        .permissions(fs::Permissions::from_mode(0o700))
+        .tempdir();
     let kept = folder.doing(|| format!("making a folder for logs in {}", std::env::temp_dir().display()))?.keep();
     for log in logs {
         let name = log.strip_prefix(&state.dir).unwrap_or(&log).to_string_lossy().replace('/', "-");
