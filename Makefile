@@ -38,11 +38,12 @@ test: ## install what tests need and run them all
 	@scripts/test
 
 check: ## format, lints, documentation, licences
+	@pkg-config --exists libvirt || scripts/setup qemu
 	@scripts/check
 
 bench-smoke: ## bulk TCP over the fabric as a ratio to raw veth, JSON
 	@scripts/setup sandbox
-	@$(CARGO) build --release --quiet -p violin-benches -p switchd
+	@$(CARGO) build --release -p violin-benches -p switchd
 	@target/release/bench-smoke
 
 clean: ## remove what was built

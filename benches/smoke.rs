@@ -3,11 +3,8 @@
 //! Interleaved (raw, fabric, raw, fabric, …), medians, JSON on standard output. No CPU quotas. The machine is shared and
 //! noisy: only the ratio means something.
 
-use serde_json::{Value, json};
-use std::net::TcpListener;
-use std::process::{ExitCode, Stdio};
-use std::time::Duration;
-use violin_tests::eventually;
+use serde_json::json;
+use std::process::ExitCode;
 use violin_tests::fabric::{Fabric, network};
 use violin_tests::netns::{Netns, ip};
 
@@ -15,18 +12,6 @@ const ROUNDS: usize = 3;
 const SECONDS: u32 = 3;
 /// The best user-space rival measured on such machines reaches this; a first floor.
 const FLOOR: f64 = 0.08;
-
-/// Gbit/s of one iperf3 run from `from` to `to` at `address`.
-fn bulk(from: &Netns, to: &Netns, address: &str) -> f64 {
-    let mut server = to.command("iperf3");
-    server.args(["-s", "-1", "-B", address]).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut server = server.spawn().expect("iperf3 starts");
-    eventually("iperf3 listens", Duration::from_secs(5), || to.enter(|| TcpListener::bind((address, 5201)).is_err()));
-    let output = from.run("iperf3", &format!("-c {address} -t {SECONDS} -J"));
-    let _ = server.wait();
-    let result: Value = serde_json::from_slice(&output.stdout).expect("iperf3 prints JSON");
-    result["end"]["sum_received"]["bits_per_second"].as_f64().unwrap_or(0.0) / 1e9
-}
 
 fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
@@ -48,12 +33,13 @@ fn measure() -> bool {
     let b = fabric.hosts[1].guest(7, "02:00:00:00:00:0b");
     a.address("10.77.0.1/24");
     b.address("10.77.0.2/24");
-    assert!(a.pings("10.77.0.2"), "the guests do not reach each other");
+    let ping = a.netns.run("ping", "-c 3 -W 1 10.77.0.2");
+    assert!(ping.status.success(), "the guests do not reach each other");
 
     let (mut raw, mut over) = (Vec::new(), Vec::new());
     for round in 1..=ROUNDS {
-        raw.push(bulk(&left, &right, "10.88.0.2"));
-        over.push(bulk(&a.netns, &b.netns, "10.77.0.2"));
+        raw.push(left.bulk(&right, "10.88.0.2", SECONDS) / 1e9);
+        over.push(a.netns.bulk(&b.netns, "10.77.0.2", SECONDS) / 1e9);
         eprintln!("round {round}: raw veth {:.2} Gbit/s, fabric {:.2} Gbit/s", raw[round - 1], over[round - 1]);
     }
     let ratio = median(&over) / median(&raw);

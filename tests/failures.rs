@@ -213,9 +213,10 @@ fn local_requests_that_are_nonsense_are_answered_in_words() {
         let _ = stream.write_all(line.as_bytes()).and_then(|()| stream.write_all(b"\n"));
         let mut answer = String::new();
         let _ = std::io::BufReader::new(stream).read_line(&mut answer);
-        assert!(line.len() > 1_000_000 || answer.contains("error"), "{line:.40?} was answered {answer:?}");
+        assert!(answer.contains("error"), "{line:.40?} was answered {answer:?}");
     }
+    // Idempotent: what is not there is removed already.
     let missing = fabric.hosts[0].try_ask(&SwitchRequest::NetworkRemove { vni: Vni::new(9).unwrap() });
-    assert!(missing.is_ok() || missing.unwrap_err().contains('9'));
+    assert_eq!(missing, Ok(SwitchReply::Done));
     assert!(fabric.hosts[0].try_ask(&SwitchRequest::Status).is_ok(), "the switch is not well any more");
 }

@@ -1,6 +1,5 @@
 //! A kernel VXLAN device as a foreign peer, through a gateway port, before and after our guest moves.
 
-use std::process::Stdio;
 use std::time::Duration;
 use violin_common::api::switch::{Ownership, PortKind, PortSpec, SwitchReply, SwitchRequest};
 use violin_common::{MacAddr, Vni};
@@ -12,20 +11,6 @@ const VNI: u32 = 7;
 const FOREIGN_VNI: u32 = 99;
 const MAC: &str = "02:00:00:00:00:0a";
 const VM: &str = "alpha-c1";
-
-/// Megabits per second of a short iperf3 run, and its error if it had one.
-fn bulk(from: &Netns, to: &Netns, address: &str) -> f64 {
-    let mut server = to.command("iperf3");
-    server.args(["-s", "-1", "-B", address]).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut server = server.spawn().expect("iperf3 starts");
-    // Only looked at: a bind to see whether the port is taken may take it from iperf3.
-    let listens = || String::from_utf8_lossy(&to.run("ss", "-ltn").stdout).contains(&format!("{address}:5201"));
-    eventually("iperf3 listens", Duration::from_secs(20), listens);
-    let output = from.run("iperf3", &format!("-c {address} -t 1 -J"));
-    let _ = server.wait();
-    let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("iperf3 prints JSON");
-    result["end"]["sum_received"]["bits_per_second"].as_f64().unwrap_or(0.0) / 1e6
-}
 
 fn reach(foreign: &Netns, guest: &Netns) {
     let ping =
@@ -39,7 +24,7 @@ fn reach(foreign: &Netns, guest: &Netns) {
         ping(foreign, 1372, "10.77.0.1") && ping(guest, 1372, "10.77.0.50"),
         "packets of the network's full MTU of 1400 bytes"
     );
-    let (there, back) = (bulk(foreign, guest, "10.77.0.1"), bulk(guest, foreign, "10.77.0.50"));
+    let (there, back) = (foreign.bulk(guest, "10.77.0.1", 1) / 1e6, guest.bulk(foreign, "10.77.0.50", 1) / 1e6);
     println!("kernel VXLAN to our guest {there:.0} Mbit/s, our guest to kernel VXLAN {back:.0} Mbit/s");
     assert!(there > 10.0 && back > 10.0, "{there} and {back} Mbit/s");
 }

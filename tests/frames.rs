@@ -24,8 +24,7 @@ pub fn has_label(frame: &[u8], label: &str) -> bool {
     frame.len() > 14 && frame[12..14] == [0x88, 0xb5] && frame[14..].starts_with(label.as_bytes())
 }
 
-/// A generated list of frames: what each is, and its bytes. At least 200, none longer than the network takes but those
-/// named `too long`.
+/// A generated list of frames: what each is, and its bytes. At least 200, none longer than the network takes.
 pub fn zoo(destination: MacAddr, source: MacAddr, mtu: usize) -> Vec<(String, Vec<u8>)> {
     let mut frames = Vec::new();
     let body = |len: usize, seed: usize| -> Vec<u8> { (0..len).map(|i| (i * 31 + seed * 7 + 5) as u8).collect() };

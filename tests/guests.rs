@@ -14,16 +14,22 @@ pub struct Lab {
 
 impl Lab {
     /// Builds it from a file of configs/lab, with the image of `VIOLIN_IMAGE` or target/image.
+    ///
+    /// The lab is called by the first letters of `name` and this process's id, so that two runs do not meet.
     pub fn up(name: &str, config: &str) -> Self {
         Self::up_from(name, &format!("{}/../configs/lab/{config}", env!("CARGO_MANIFEST_DIR")))
     }
 
     /// The same from any lab file.
     pub fn up_from(name: &str, config: &str) -> Self {
-        let lab = Self { name: name.to_owned() };
+        sweep();
+        let name = own_name(name, std::process::id());
         let image = std::env::var("VIOLIN_IMAGE").unwrap_or_else(|_| format!("{}/../target/image", env!("CARGO_MANIFEST_DIR")));
-        lab.must(&["lab", "up", "--config", config, "--name", name, "--guests", "qemu", "--image", &image]);
-        lab
+        let mut command = Command::new(program("violin"));
+        command.args(["lab", "up", "--config", config, "--name", &name, "--guests", "qemu", "--image", &image]);
+        // An `up` that fails leaves nothing, and one that is refused must not take down what it found: there is no `Lab` before.
+        crate::netns::must(command.stdin(Stdio::null()));
+        Self { name }
     }
 
     /// `violin --lab NAME WORDS…`, not yet started.
@@ -69,10 +75,15 @@ impl Lab {
     /// Waits until the VM runs exactly once, by QEMU processes, and answers.
     pub fn runs_once(&self, environment: &str, node: &str) {
         let vm = format!("{environment}-{node}");
-        crate::eventually(&format!("{vm} runs exactly once"), Duration::from_secs(30), || qemus(&vm) == 1);
+        crate::eventually(&format!("{vm} runs exactly once"), Duration::from_secs(30), || self.qemus(&vm) == 1);
         crate::eventually(&format!("{vm} answers from its place"), Duration::from_secs(30), || {
             self.command(&["ssh", environment, node, "--", "true"]).output().is_ok_and(|output| output.status.success())
         });
+    }
+
+    /// QEMU processes that run this VM on any host of the lab.
+    pub fn qemus(&self, vm: &str) -> usize {
+        self.state().hosts.iter().map(|host| qemus_on(host, vm).len()).sum()
     }
 
     /// What lies in the log of a host's daemon, its end only.
@@ -100,26 +111,42 @@ impl Drop for Lab {
     }
 }
 
-/// QEMU processes that run this VM, counted in /proc.
-pub fn qemus(vm: &str) -> usize {
-    let name = format!("guest={vm},");
-    std::fs::read_dir("/proc")
-        .expect("/proc is there")
-        .flatten()
-        .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
-        .filter(|line| String::from_utf8_lossy(line).contains(&name))
-        .count()
+/// A lab's name: as much of `name` as the limit of 16 characters leaves beside the id of the process that owns it.
+fn own_name(name: &str, pid: u32) -> String {
+    let pid = format!("-{pid}");
+    format!("{name:.0$}{pid}", 16 - pid.len())
 }
 
-/// The QEMU process of a VM on one host, known by the host's control group.
-pub fn qemu_on(host: &HostState, vm: &str) -> Option<u32> {
+/// The process that owns a lab with a name of [`own_name`].
+fn owner(lab: &str) -> Option<u32> {
+    lab.strip_prefix("test-")?.rsplit_once('-')?.1.parse().ok()
+}
+
+/// Takes down the labs of test processes that are gone.
+fn sweep() {
+    let labs = std::fs::read_dir(violin_lab::LABS).into_iter().flatten().flatten();
+    for lab in labs.filter_map(|entry| entry.file_name().into_string().ok()) {
+        if owner(&lab).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            let _ = Command::new(program("violin")).args(["lab", "down", &lab]).stdin(Stdio::null()).output();
+        }
+    }
+}
+
+/// The QEMU processes of a VM on one host, known by the host's control group.
+fn qemus_on(host: &HostState, vm: &str) -> Vec<u32> {
     let (name, group) = (format!("guest={vm},"), format!("/{}.partition/", host.cpu_group));
     let pids = std::fs::read_dir("/proc").expect("/proc is there").flatten();
-    let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.find(|pid| {
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| {
         let read = |file: &str| std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
         String::from_utf8_lossy(&read("cmdline")).contains(&name) && String::from_utf8_lossy(&read("cgroup")).contains(&group)
     })
+    .collect()
+}
+
+/// The first of them.
+pub fn qemu_on(host: &HostState, vm: &str) -> Option<u32> {
+    qemus_on(host, vm).first().copied()
 }
 
 /// SIGKILL to a process of the lab; returns when it is dead.
@@ -174,4 +201,19 @@ pub fn finish(mut child: Child) -> String {
     let output = child.wait_with_output().expect("a child ends");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_labs_name_fits_and_tells_its_owner() {
+        for (name, pid, wanted) in [("test-manager", 7, "test-manager-7"), ("test-manager", 4_194_303, "test-man-4194303")] {
+            assert_eq!(own_name(name, pid), wanted);
+            assert!(own_name(name, pid).len() <= 16);
+            assert_eq!(owner(wanted), Some(pid));
+        }
+        assert_eq!(owner("demo-7"), None);
+    }
 }

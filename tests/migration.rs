@@ -2,7 +2,15 @@
 
 use std::process::Stdio;
 use std::time::Duration;
-use violin_tests::guests::{Lab, finish, qemus};
+use violin_tests::eventually;
+use violin_tests::guests::{Lab, finish};
+
+/// Bytes that the receiver's host, h1, has written to its port.
+fn arrived(lab: &Lab) -> u64 {
+    let ports: serde_json::Value = serde_json::from_str(&lab.must(&["--json", "port", "--host", "h1"])).expect("JSON");
+    let port = ports.as_array().expect("a list").iter().find(|port| port["spec"]["owned"]["vm"] == "three-c2");
+    port.expect("c2 has a port on h1")["traffic"]["bytes-out"].as_u64().expect("a number")
+}
 
 #[test]
 #[ignore = "needs root"]
@@ -22,9 +30,12 @@ fn a_vm_moves_there_and_back_under_a_tcp_stream() {
 
     for (to, from) in [("h2", "h1"), ("h1", "h2")] {
         assert_eq!(lab.host_of("three-c1"), from);
+        // A new stretch of the stream before each move, so that one that never began or came to rest is seen here.
+        let before = arrived(&lab);
+        eventually("the stream flows", Duration::from_secs(60), || arrived(&lab) > before + 50_000);
         lab.must(&["vm", "migrate", "three-c1", "--to", to]);
         assert_eq!(lab.host_of("three-c1"), to);
-        assert_eq!(qemus("three-c1"), 1, "the VM must run exactly once");
+        assert_eq!(lab.qemus("three-c1"), 1, "the VM must run exactly once");
     }
 
     finish(sender);
@@ -33,7 +44,7 @@ fn a_vm_moves_there_and_back_under_a_tcp_stream() {
     assert_eq!(transfer["intact"], true, "{transfer}");
     assert!(transfer["bytes"].as_u64().unwrap_or(0) > 100_000, "{transfer}");
     lab.must(&["env", "down", "three"]);
-    violin_tests::eventually("no QEMU of the environment is left", Duration::from_secs(10), || {
-        ["three-head", "three-c1", "three-c2"].iter().all(|vm| qemus(vm) == 0)
+    eventually("no QEMU of the environment is left", Duration::from_secs(10), || {
+        ["three-head", "three-c1", "three-c2"].iter().all(|vm| lab.qemus(vm) == 0)
     });
 }

@@ -4,10 +4,13 @@ use nix::sched::{CloneFlags, setns};
 use std::fs::File;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 const PREFIX: &str = "vt-";
+/// Beginnings of the names that tests give namespaces, here, in switchd/tests and in probe/tests.
+const SWEPT: [&str; 3] = [PREFIX, "vsw-", "vprobe-"];
 
 /// A named network namespace, removed when dropped.
 #[derive(Debug)]
@@ -79,6 +82,23 @@ impl Netns {
         String::from_utf8_lossy(&output.stdout).contains("state UP")
     }
 
+    /// Bulk TCP to `address` inside `to` by iperf3, in bits per second; panics with its complaint if there is no figure.
+    pub fn bulk(&self, to: &Self, address: &str, seconds: u32) -> f64 {
+        let mut server = to.command("iperf3");
+        server.args(["-s", "-1", "-B", address]).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut server = server.spawn().expect("iperf3 starts");
+        // Only looked at: a bind to see whether the port is taken may take it from iperf3.
+        let listens = || String::from_utf8_lossy(&to.run("ss", "-ltn").stdout).contains(&format!("{address}:5201"));
+        crate::eventually("iperf3 listens", Duration::from_secs(20), listens);
+        let output = self.run("iperf3", &format!("-c {address} -t {seconds} -J"));
+        // It ends by itself only after a client that came through.
+        let _ = server.kill();
+        let _ = server.wait();
+        let result: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let rate = result["end"]["sum_received"]["bits_per_second"].as_f64().filter(|&rate| rate > 0.0);
+        rate.unwrap_or_else(|| panic!("iperf3 to {address} measured nothing: {}", String::from_utf8_lossy(&output.stdout)))
+    }
+
     /// Calls `inside` in a thread that is in this namespace.
     pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
         let file = File::open(self.path()).expect("the namespace exists as long as self");
@@ -100,14 +120,49 @@ impl Drop for Netns {
     }
 }
 
-/// Removes namespaces of test processes that are gone.
+/// Removes namespaces of test processes that are gone, with what still runs inside.
 fn sweep() {
     let Ok(entries) = std::fs::read_dir("/run/netns") else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()).and_then(|pid| pid.parse::<u32>().ok());
-        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+    for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+        if owner(&name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            let pids = Command::new("ip").args(["netns", "pids", &name]).output().map(|output| output.stdout);
+            for pid in String::from_utf8_lossy(&pids.unwrap_or_default()).split_whitespace().filter_map(|pid| pid.parse().ok()) {
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+            }
             let _ = Command::new("ip").args(["netns", "del", &name]).output();
         }
+    }
+}
+
+/// The process that made a namespace: the first number among the words of its name, after the prefix.
+fn owner(name: &str) -> Option<u32> {
+    let rest = SWEPT.iter().find_map(|prefix| name.strip_prefix(prefix))?;
+    rest.split('-').find_map(|word| word.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_namespaces_tell_their_process() {
+        let owners = ["vt-77-0-h1", "vsw-77-3-left", "vprobe-echo-77-a", "vl-demo-h1", "vt-alpha"].map(owner);
+        assert_eq!(owners, [Some(77), Some(77), Some(77), None, None]);
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn what_a_dead_test_left_is_swept() {
+        let mut dead = Command::new("true").spawn().unwrap();
+        dead.wait().unwrap();
+        let name = format!("vsw-{}-0-left", dead.id());
+        ip(&format!("netns add {name}"));
+        let left = Netns { name };
+        let mut inside = left.command("sleep").arg("1000").spawn().unwrap();
+
+        sweep();
+
+        assert!(!Path::new(&left.path()).exists());
+        assert!(inside.wait().unwrap().code().is_none(), "it was not killed");
     }
 }

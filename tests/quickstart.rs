@@ -31,8 +31,9 @@ impl Machine {
         Self { netns: Netns::new(name), etc, run, tools, left: Vec::new() }
     }
 
-    /// A shell on this machine: its own /etc/violin and /run/violin, the programs in its path, the checkout as its folder.
-    fn shell(&self, script: &str) -> Command {
+    /// A shell on this machine, for so many seconds, 0: without end. It has /etc/violin and /run/violin of its own, of which the
+    /// real machine sees nothing, the programs in its path, the checkout as its folder.
+    fn shell(&self, script: &str, limit_s: u32) -> Command {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         // A machine without a ping of its own has busybox's: it comes last.
         let path = format!(
@@ -41,19 +42,19 @@ impl Machine {
             std::env::var("PATH").unwrap_or_default(),
             self.tools.display()
         );
+        let (etc, run, root) = (self.etc.display(), self.run.display(), root.display());
         let private = format!(
-            "set -e; mkdir -p /etc/violin /run/violin; mount --bind {} /etc/violin; mount --bind {} /run/violin; cd {}; {script}",
-            self.etc.display(),
-            self.run.display(),
-            root.display()
+            "set -e; mount -t tmpfs tmpfs /run; mkdir -p /run/violin /run/etc/new /run/etc/work
+             mount -t overlay overlay -o lowerdir=/etc,upperdir=/run/etc/new,workdir=/run/etc/work /etc; mkdir -p /etc/violin
+             mount --bind {etc} /etc/violin; mount --bind {run} /run/violin; cd {root}\n{script}"
         );
-        let mut command = self.netns.command("unshare");
-        command.args(["--mount", "--", "sh", "-c", &private]).env("PATH", path);
+        let mut command = self.netns.command("timeout");
+        command.args([&limit_s.to_string(), "unshare", "--mount", "--", "sh", "-c", &private]).env("PATH", path);
         command
     }
 
     fn must(&self, script: &str) {
-        let output = self.shell(script).output().expect("a shell runs");
+        let output = self.shell(script, 60).output().expect("a shell runs");
         assert!(
             output.status.success(),
             "{script}\n{}{}",
@@ -64,7 +65,7 @@ impl Machine {
 
     /// Runs a block that leaves a daemon behind, and waits until that is ready.
     fn start(&mut self, script: &str) {
-        self.left.push(self.shell(&format!("{script}\nwait")).spawn().expect("a shell runs"));
+        self.left.push(self.shell(&format!("{script}\nwait"), 0).spawn().expect("a shell runs"));
         let socket = self.run.join("switchd.sock");
         eventually("switchd is ready", Duration::from_secs(10), || std::os::unix::net::UnixStream::connect(&socket).is_ok());
     }
@@ -109,10 +110,5 @@ fn the_quick_start_works_word_for_word() {
     a.start(start_a);
     a.must(address_a);
     b.start(start_b);
-    eventually("the two switches know each other", Duration::from_secs(10), || {
-        let output = b.shell("violin --switch-socket /run/violin/switchd.sock --json peer").output().expect("a shell runs");
-        String::from_utf8_lossy(&output.stdout).contains("\"connected\": true")
-    });
-
     b.must(ping_b);
 }

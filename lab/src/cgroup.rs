@@ -9,9 +9,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Weight of a lab's daemons against a guests' group, whose weight is 1024: guests that burn every core must not starve
-/// the switch that carries their frames.
-const DAEMON_SHARES: &str = "8192";
+/// Weight of a lab's daemons in v1 and v2, eight times that of a guests' group (1024 and 100): guests that burn every core
+/// must not starve the switch that carries their frames.
+const DAEMON_WEIGHTS: [(&str, &str); 2] = [("cpu.shares", "8192"), ("cpu.weight", "800")];
 
 /// One mounted hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,17 +71,23 @@ pub(crate) fn create(name: &str) -> Result<()> {
 
 /// Puts a daemon into the lab's group of daemons, where that weighs.
 pub(crate) fn adopt(name: &str, process: ProcessId) -> Result<()> {
-    for hierarchy in hierarchies() {
-        let dir = hierarchy.root.join(name);
-        let shares = dir.join("cpu.shares");
-        if shares.exists() {
-            fs::write(&shares, DAEMON_SHARES).doing(|| format!("writing {}", shares.display()))?;
-            let file = dir.join("cgroup.procs");
-            fs::write(&file, process.pid.to_string())
-                .doing(|| format!("putting process {} into {}", process.pid, dir.display()))?;
+    places(name).iter().try_for_each(|dir| adopt_in(dir, process.pid))
+}
+
+fn adopt_in(dir: &Path, pid: u32) -> Result<()> {
+    for (file, weight) in DAEMON_WEIGHTS.map(|(file, weight)| (dir.join(file), weight)) {
+        if file.exists() {
+            fs::write(&file, weight).doing(|| format!("writing {}", file.display()))?;
+            fs::write(dir.join("cgroup.procs"), pid.to_string())
+                .doing(|| format!("putting process {pid} into {}", dir.display()))?;
         }
     }
     Ok(())
+}
+
+/// Where a group lies: its directory in each hierarchy, whether it is there or not.
+pub fn places(name: &str) -> Vec<PathBuf> {
+    hierarchies().into_iter().map(|hierarchy| hierarchy.root.join(name)).collect()
 }
 
 /// Names of all groups at the top of any hierarchy that start with `prefix`.
@@ -176,6 +182,21 @@ fn tree(dir: &Path) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_daemon_weighs_in_either_version() {
+        for (file, weight) in [("cpu.shares", "8192"), ("cpu.weight", "800")] {
+            let dir = tempfile::tempdir().unwrap();
+            for name in [file, "cgroup.procs"] {
+                fs::write(dir.path().join(name), "").unwrap();
+            }
+
+            adopt_in(dir.path(), 77).unwrap();
+
+            assert_eq!(fs::read_to_string(dir.path().join(file)).unwrap(), weight);
+            assert_eq!(fs::read_to_string(dir.path().join("cgroup.procs")).unwrap(), "77");
+        }
+    }
 
     #[test]
     fn every_hierarchy_is_found_once() {

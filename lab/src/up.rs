@@ -1,6 +1,6 @@
 //! Building a lab, one layer on the other: namespaces and WAN, libvirtds, daemons.
 
-use crate::config::{Guests, LabConfig, Wire};
+use crate::config::{Guests, LabConfig, LabName, Wire};
 use crate::error::{Doing, LabError, Result};
 use crate::image::Image;
 use crate::netns::{self, ip};
@@ -9,9 +9,11 @@ use crate::relay::{self, RelayPlan};
 use crate::state::{self, HostState, LabState, ManagerState, Phase, RouterState};
 use crate::topology::{Router, Station, Topology};
 use crate::{cgroup, daemons, down, libvirt};
+use nix::fcntl::Flock;
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -68,15 +70,7 @@ pub fn up(config: &LabConfig, options: &UpOptions, progress: &mut dyn FnMut(&str
     let manager = daemons::manager_config(config, &state::dir(config.name.as_str()), listen)?;
     let image = options.image.as_deref().map(Image::read).transpose()?;
 
-    let lock = state::lock(&config.name)?;
-    if let Ok(there) = LabState::load(config.name.as_str())
-        && let Some(owner) = there.owner.filter(|&owner| there.phase == Phase::Up && owner.alive())
-    {
-        return Err(LabError::AlreadyUp { name: there.name, owner: owner.pid });
-    }
-    down::remove_all(&config.name, progress)?;
-    drop(lock);
-    let _lock = state::lock(&config.name)?;
+    let _lock = claim(&config.name, progress)?;
 
     let mut builder =
         Builder { config, options, topology: &topology, state: describe(config, options, &topology, listen), progress };
@@ -86,8 +80,15 @@ pub fn up(config: &LabConfig, options: &UpOptions, progress: &mut dyn FnMut(&str
         Ok(()) => Ok(state),
         Err(error) => {
             progress("that failed; removing what was built");
+            // Whoever interrupts knows why it did not come up.
+            let kept = if matches!(error, LabError::Cancelled) { Ok(None) } else { keep_logs(&state) };
+            match kept {
+                Ok(Some(folder)) => progress(&format!("its logs are kept in {}", folder.display())),
+                Ok(None) => {}
+                Err(error) => progress(&error.to_string()),
+            }
             // The first error is the one to tell; what cannot be removed now, `down` names.
-            if let Err(left) = keep_logs(&state).and_then(|()| down::remove_all(&config.name, progress)) {
+            if let Err(left) = down::remove_all(&config.name, progress) {
                 progress(&left.to_string());
             }
             Err(error)
@@ -95,23 +96,47 @@ pub fn up(config: &LabConfig, options: &UpOptions, progress: &mut dyn FnMut(&str
     }
 }
 
-/// Logs of a lab that did not come up, for whoever wants to know why: `/tmp/violin-lab-NAME-failed/`.
-fn keep_logs(state: &LabState) -> Result<()> {
-    let kept = std::env::temp_dir().join(format!("violin-lab-{}-failed", state.name));
+/// The right to build a lab of this name where none is; what a dead one left is removed.
+fn claim(name: &LabName, progress: &mut dyn FnMut(&str)) -> Result<Flock<File>> {
+    let mut removed = false;
+    loop {
+        let lock = state::lock(name)?;
+        match LabState::load(name.as_str()) {
+            Ok(there) if there.phase == Phase::Up => {
+                if let Some(owner) = there.owner.filter(|owner| owner.alive()) {
+                    return Err(LabError::AlreadyUp { name: there.name, owner: owner.pid });
+                }
+            }
+            Err(LabError::NoSuchLab(_)) if removed => return Ok(lock),
+            _ => {}
+        }
+        // This takes the locked folder away too: another `up` may come before the next look.
+        down::remove_all(name, progress)?;
+        removed = true;
+    }
+}
+
+/// Logs of a lab that did not come up, for whoever wants to know why; the folder, if there were any. It is new and root's
+/// alone: a name that can be foreseen could be a link of another user.
+fn keep_logs(state: &LabState) -> Result<Option<PathBuf>> {
     let mut logs = Vec::new();
     for dir in [&state.dir, &state.adaptd.dir].into_iter().chain(state.hosts.iter().map(|host| &host.dir)) {
         let Ok(entries) = fs::read_dir(dir) else { continue };
         logs.extend(entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|ext| ext == "log")));
     }
     if logs.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
-    fs::create_dir_all(&kept).doing(|| format!("making {}", kept.display()))?;
+    let folder = tempfile::Builder::new()
+        .prefix(&format!("violin-lab-{}-failed-", state.name))
+        .permissions(fs::Permissions::from_mode(0o700))
+        .tempdir();
+    let kept = folder.doing(|| format!("making a folder for logs in {}", std::env::temp_dir().display()))?.keep();
     for log in logs {
         let name = log.strip_prefix(&state.dir).unwrap_or(&log).to_string_lossy().replace('/', "-");
         fs::copy(&log, kept.join(name)).doing(|| format!("keeping {}", log.display()))?;
     }
-    Ok(())
+    Ok(Some(kept))
 }
 
 /// Everything the lab will consist of, before any of it is there.

@@ -5,8 +5,8 @@ mod support;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use support::{Standing, THREE, config, name, options, relay_entry as relay, remains, root};
-use violin_lab::{Guests, Layers, netns, status};
+use support::{Standing, THREE, config, interrupted, name, options, relay_entry as relay, remains};
+use violin_lab::{Guests, LabError, LabState, Layers, netns, status};
 
 #[test]
 #[ignore = "not a test: the relay of the lab below"]
@@ -14,12 +14,9 @@ fn relay_entry() {
     relay();
 }
 
-fn programs() -> Option<PathBuf> {
-    let folder = std::env::var_os("VIOLIN_BIN").map(PathBuf::from);
-    if folder.is_none() {
-        eprintln!("skipped: VIOLIN_BIN names no folder of programs (`make test` sets it)");
-    }
-    folder
+fn programs() -> PathBuf {
+    let folder = std::env::var_os("VIOLIN_BIN");
+    folder.expect("got no VIOLIN_BIN, want the folder of the programs built (`make test` sets it)").into()
 }
 
 fn accesses(environment: &str) -> usize {
@@ -28,8 +25,9 @@ fn accesses(environment: &str) -> usize {
 }
 
 #[test]
+#[ignore = "needs root"]
 fn nothing_is_left_of_a_lab_with_guests_and_a_killed_monitor() {
-    let Some(binaries) = programs().filter(|_| root()) else { return };
+    let binaries = programs();
     let mut config = config(&name("all"), THREE);
     config.guests = Guests::Sandbox;
     let mut options = options(Layers::All);
@@ -55,4 +53,22 @@ fn nothing_is_left_of_a_lab_with_guests_and_a_killed_monitor() {
 
     assert_eq!(remains(&name), BTreeSet::new());
     assert_eq!(accesses(&environment), 0);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn nothing_is_left_of_a_lab_interrupted_between_its_daemons() {
+    let mut config = config(&name("cut"), THREE);
+    config.guests = Guests::Sandbox;
+    let mut options = options(Layers::All);
+    options.binaries = programs();
+    let name = config.name.to_string();
+    let switch = |index: usize| move |state: LabState| state.hosts.get(index).is_some_and(|host| host.switchd.is_some());
+
+    for index in [0, 2] {
+        let error = interrupted(&config, options.clone(), || LabState::load(&name).is_ok_and(switch(index))).unwrap_err();
+
+        assert!(matches!(error, LabError::Cancelled), "{error}");
+        assert_eq!(remains(&name), BTreeSet::new(), "interrupted at host {index}");
+    }
 }

@@ -7,7 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use support::{Standing, THREE, config, echoes, name, options, relay_entry as relay, root};
+use support::{Standing, THREE, config, echoes, name, options, relay_entry as relay};
 use violin_lab::{Layers, netns};
 
 #[test]
@@ -20,10 +20,8 @@ fn relay_entry() {
 const BYTES: u64 = 64 << 20;
 
 #[test]
+#[ignore = "needs root"]
 fn a_round_trip_between_domains_takes_twice_the_delay_and_little_more() {
-    if !root() {
-        return;
-    }
     let lab = Standing::up(&config(&name("rtt"), THREE), &options(Layers::Net));
 
     let [h1, h2, h3] = lab.0.hosts.as_slice() else { panic!("three hosts") };
@@ -42,10 +40,8 @@ fn a_round_trip_between_domains_takes_twice_the_delay_and_little_more() {
 }
 
 #[test]
+#[ignore = "needs root"]
 fn loss_and_rate_of_the_wan_are_what_the_file_says() {
-    if !root() {
-        return;
-    }
     let wan = "[wan]\ndelay = \"1ms\"\nloss = 10.0\nrate = \"8mbit\"\n";
     let lab = Standing::up(&config(&name("loss"), &format!("{THREE}{wan}")), &options(Layers::Net));
 
@@ -62,10 +58,8 @@ fn loss_and_rate_of_the_wan_are_what_the_file_says() {
 }
 
 #[test]
+#[ignore = "needs root"]
 fn super_frames_cross_the_wan_as_packets_of_the_mtu() {
-    if !root() {
-        return;
-    }
     let lab = Standing::up(&config(&name("mtu"), THREE), &options(Layers::Net));
     // In a router all packets from the relay, on their way to h3, have crossed a wire.
     let router = lab.0.routers.iter().find(|router| router.domain.as_str() == "d2").unwrap();

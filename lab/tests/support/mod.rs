@@ -1,4 +1,4 @@
-//! What the tests of real labs share. All of them need root and are skipped, with a word, without it.
+//! What the tests of real labs share. All of them need root.
 #![allow(dead_code, reason = "each test program uses a part")]
 
 use std::collections::BTreeSet;
@@ -7,7 +7,7 @@ use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use violin_lab::{HostState, LabConfig, LabState, Layers, ProcessId, UpOptions, down, netns, up};
+use violin_lab::{HostState, LabConfig, LabState, Layers, ProcessId, Result, UpOptions, down, netns, up};
 
 /// Two domains, three hosts, 5 ms each way.
 pub(crate) const THREE: &str = r#"
@@ -33,15 +33,6 @@ domain = "d2"
 cores = 4
 memory-mib = 1024
 "#;
-
-/// Whether this may run: making namespaces takes root.
-pub(crate) fn root() -> bool {
-    let root = nix::unistd::geteuid().is_root();
-    if !root {
-        eprintln!("skipped: making network namespaces needs root");
-    }
-    root
-}
 
 /// A lab's name that no other run of the tests has.
 pub(crate) fn name(what: &str) -> String {
@@ -77,6 +68,24 @@ pub(crate) fn relay_entry() {
     if plan.ends_with("keep.json") {
         violin_lab::keep::run(Path::new(&plan)).unwrap();
     }
+}
+
+/// Builds a lab and interrupts that as soon as `half_way` holds; how `up` ended.
+pub(crate) fn interrupted(config: &LabConfig, mut options: UpOptions, half_way: impl Fn() -> bool + Sync) -> Result<LabState> {
+    let cancelled: &'static AtomicBool = Box::leak(Box::default());
+    options.cancelled = Some(cancelled);
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) && !half_way() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            cancelled.store(true, Ordering::Relaxed);
+        });
+        let result = up(config, &options, &mut |_| ());
+        ended.store(true, Ordering::Relaxed);
+        result
+    })
 }
 
 /// A lab that goes away with the test, however that ends.
@@ -158,7 +167,8 @@ pub(crate) fn echoes(from: &HostState, to: &HostState, count: u32, gap: Duration
 pub(crate) fn remains(name: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let marks = [format!("vl-{name}-"), format!("va-{name}-"), format!("violin-{name}-"), format!("violin-{name}.")];
-    let mut dirs = vec![PathBuf::from("/run/netns"), PathBuf::from("/run/violin-lab")];
+    // Control groups lie in the one hierarchy of v2 itself or in those of v1 below it.
+    let mut dirs = ["/run/netns", "/run/violin-lab", "/sys/fs/cgroup"].map(PathBuf::from).to_vec();
     dirs.extend(fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path()));
     for entry in dirs.into_iter().filter_map(|dir| fs::read_dir(dir).ok()).flatten().flatten() {
         let file = entry.file_name().into_string().unwrap();
