@@ -81,8 +81,9 @@ impl Ours {
         namespaces.retain(|netns| {
             is_ours(netns, "vl-") || netns.starts_with("va-") && accesses.iter().any(|suffix| netns.ends_with(suffix))
         });
+        let sandboxes = sandbox_group(name);
         let mut groups = cgroup::starting_with("violin-");
-        groups.retain(|group| is_ours(group, "violin-"));
+        groups.retain(|group| is_ours(group, "violin-") || sandboxes.as_ref() == Some(group));
         Self { namespaces, groups }
     }
 
@@ -119,6 +120,14 @@ fn access_suffixes(name: &LabName) -> Vec<String> {
         Some(format!("-{}-{mark:06x}", host.file_name().to_str()?))
     };
     hosts.filter_map(suffix).collect()
+}
+
+/// Control group above those of a lab's sandbox guests, which move from host to host.
+///
+/// The monitors name it after the folder they share, by the same hash (`monitord/src/io/sandbox/store.rs`).
+fn sandbox_group(name: &LabName) -> Option<String> {
+    let folder = state::dir(name.as_str()).join("sandbox").canonicalize().ok()?;
+    Some(format!("violin-{:08x}", fnv1a(folder.as_os_str().as_encoded_bytes())))
 }
 
 /// Source: FNV-1a, 32 bits (Fowler, Noll and Vo).

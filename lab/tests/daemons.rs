@@ -24,6 +24,12 @@ fn accesses(environment: &str) -> usize {
     names.filter(|netns| netns.starts_with(&format!("va-{environment}-"))).count()
 }
 
+/// Control groups of an environment's guests, in all hierarchies.
+fn groups(environment: &str) -> usize {
+    let found = Command::new("find").args(["/sys/fs/cgroup", "-type", "d", "-name", &format!("{environment}-*")]).output().unwrap();
+    String::from_utf8_lossy(&found.stdout).lines().count()
+}
+
 #[test]
 #[ignore = "needs root"]
 fn nothing_is_left_of_a_lab_with_guests_and_a_killed_monitor() {
@@ -46,6 +52,7 @@ fn nothing_is_left_of_a_lab_with_guests_and_a_killed_monitor() {
     violin(&["env", "up", &file.to_string_lossy()]);
     assert_eq!(violin(&["ssh", &environment, "--", "hostname"]).trim(), "head");
     assert_eq!(accesses(&environment), 1);
+    assert!(groups(&environment) >= 5, "a group for each guest");
 
     let monitord = lab.0.hosts[0].monitord.unwrap();
     Command::new("kill").args(["-9", &monitord.pid.to_string()]).status().unwrap();
@@ -53,6 +60,7 @@ fn nothing_is_left_of_a_lab_with_guests_and_a_killed_monitor() {
 
     assert_eq!(remains(&name), BTreeSet::new());
     assert_eq!(accesses(&environment), 0);
+    assert_eq!(groups(&environment), 0);
 }
 
 #[test]
