@@ -126,6 +126,29 @@ impl World {
         inside(netns, || TcpListener::bind("10.91.0.254:5000")).unwrap()
     }
 
+    /// What a guest was told is on disk, and in no file that another user could read.
+    pub fn keeps_to_itself(&self, spec: &VmSpec) {
+        // A line without characters that JSON writes otherwise.
+        let told = spec.guest_config.lines().next().unwrap();
+        let (mut folders, mut holding) = (vec![self.dir.path().to_owned()], Vec::new());
+        while let Some(folder) = folders.pop() {
+            for path in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.is_file() && String::from_utf8_lossy(&std::fs::read(&path).unwrap()).contains(told) {
+                    holding.push(path);
+                }
+            }
+        }
+        assert!(!holding.is_empty(), "nothing holds the guest's configuration: this proves nothing");
+        for path in holding {
+            for (path, want) in [(path.as_path(), 0o600), (path.parent().unwrap(), 0o700)] {
+                let mode = path.metadata().unwrap().permissions().mode() & 0o777;
+                assert_eq!(mode, want, "{} is {mode:o}, want {want:o}", path.display());
+            }
+        }
+    }
+
     pub fn spec(&self) -> VmSpec {
         VmSpec {
             vm: format!("{}-c1", self.tag).parse().unwrap(),
