@@ -62,15 +62,18 @@ sleep 1000;
 "#;
 
 impl World {
-    /// `tag` must be short and used by one test only.
+    /// `tag`: at most three characters, for one test only. What a killed run left is another process's, by its names.
     pub fn new(tag: &str) -> Self {
+        assert!(tag.len() <= 3, "interface names have 15 bytes");
+        sweep();
+        let tag = format!("{}{tag}", prefix(std::process::id()));
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("guest.sh");
         std::fs::write(&program, GUEST).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         let trees = Hierarchies::detect().unwrap();
         let groups = ["h1", "h2"].map(|host| HostGroup::create(&trees, &format!("{tag}{host}")).unwrap()).to_vec();
-        let world = Self { tag: tag.into(), dir, trees, groups };
+        let world = Self { tag, dir, trees, groups };
         let hub = world.netns("hub");
         ip(&format!("netns add {hub}"));
         ip(&format!("-n {hub} link add name hub type bridge ageing_time 0"));
@@ -162,6 +165,26 @@ impl World {
             memory_mib: 64,
             image: None,
             guest_config: "ADDRESS=10.91.0.1/24\nPEER=10.91.0.254:5000\n".into(),
+        }
+    }
+}
+
+/// How names of this process's worlds begin: its number in five digits of base 36, enough for the kernel's largest.
+fn prefix(pid: u32) -> String {
+    let digits = [36u32.pow(4), 36u32.pow(3), 36 * 36, 36, 1].map(|place| char::from_digit(pid / place % 36, 36).unwrap());
+    format!("t{}", String::from_iter(digits))
+}
+
+/// Removes namespaces whose process is gone: a killed run's.
+fn sweep() {
+    for entry in std::fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.split_once('-').filter(|(_, host)| ["h1", "h2", "hub"].contains(host)).and_then(|(tag, _)| {
+            let pid = u32::from_str_radix(tag.get(1..6)?, 36).ok()?;
+            tag.starts_with(&prefix(pid)).then_some(pid)
+        });
+        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            let _ = Command::new("ip").args(["netns", "delete", &name]).status();
         }
     }
 }
