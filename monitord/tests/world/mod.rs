@@ -65,13 +65,13 @@ impl World {
     /// `tag`: at most three characters, for one test only. What a killed run left is another process's, by its names.
     pub fn new(tag: &str) -> Self {
         assert!(tag.len() <= 3, "interface names have 15 bytes");
-        sweep();
+        let trees = Hierarchies::detect().unwrap();
+        sweep(&trees);
         let tag = format!("{}{tag}", prefix(std::process::id()));
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("guest.sh");
         std::fs::write(&program, GUEST).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let trees = Hierarchies::detect().unwrap();
         let groups = ["h1", "h2"].map(|host| HostGroup::create(&trees, &format!("{tag}{host}")).unwrap()).to_vec();
         let world = Self { tag, dir, trees, groups };
         let hub = world.netns("hub");
@@ -175,16 +175,41 @@ fn prefix(pid: u32) -> String {
     format!("t{}", String::from_iter(digits))
 }
 
-/// Removes namespaces whose process is gone: a killed run's.
-fn sweep() {
-    for entry in std::fs::read_dir("/run/netns").into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let owner = name.split_once('-').filter(|(_, host)| ["h1", "h2", "hub"].contains(host)).and_then(|(tag, _)| {
-            let pid = u32::from_str_radix(tag.get(1..6)?, 36).ok()?;
-            tag.starts_with(&prefix(pid)).then_some(pid)
-        });
-        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+/// Whether a world of this tag was a process's that is gone.
+fn is_dead(tag: &str) -> bool {
+    let pid = tag.get(1..6).and_then(|digits| u32::from_str_radix(digits, 36).ok());
+    pid.is_some_and(|pid| tag.starts_with(&prefix(pid)) && !Path::new(&format!("/proc/{pid}")).exists())
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Removes what a killed run left: namespaces, groups, and the guests, which outlive everything by design.
+fn sweep(trees: &Hierarchies) {
+    for name in names(Path::new("/run/netns")) {
+        if name.split_once('-').is_some_and(|(tag, host)| ["h1", "h2", "hub"].contains(&host) && is_dead(tag)) {
             let _ = Command::new("ip").args(["netns", "delete", &name]).status();
+        }
+    }
+    for root in trees.v1.values().chain(&trees.unified) {
+        for name in names(root) {
+            let Some(world) = name.strip_suffix("h1.partition").or_else(|| name.strip_suffix("h2.partition")) else { continue };
+            if !(6..10).contains(&world.len()) || !is_dead(world) {
+                continue;
+            }
+            let group = root.join(&name);
+            for guest in names(&group).into_iter().map(|guest| group.join(guest)).filter(|guest| guest.is_dir()) {
+                // The kernel makes even frozen processes of the unified tree end; version 1's wait for their driver.
+                let pids = std::fs::read_to_string(guest.join("cgroup.procs")).unwrap_or_default();
+                for pid in pids.lines().filter_map(|pid| pid.parse().ok()) {
+                    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+                }
+                // Refused until they have ended: the next run's.
+                let _ = std::fs::remove_dir(guest);
+            }
+            let _ = std::fs::remove_dir(group);
         }
     }
 }
