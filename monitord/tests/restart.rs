@@ -4,7 +4,7 @@
 mod fake;
 
 use fake::{Host, LIMIT, ask, until};
-use monitord::hypervisor::{Change, HypervisorError, Whereabouts};
+use monitord::hypervisor::{Change, Hypervisor, HypervisorError, Whereabouts};
 use monitord::io::record::Records;
 use monitord::transaction::Standing;
 use std::sync::atomic::Ordering;
@@ -77,6 +77,20 @@ fn an_arrived_vm_that_was_not_owned_before_the_monitor_died_is_owned_in_the_end(
     let _monitor = host.monitor();
 
     until("the switch owns its MAC", LIMIT, || host.move_state(&spec) == Some(MoveState::Owned));
+}
+
+#[test]
+fn what_an_earlier_vm_of_that_name_said_is_not_taken_for_ready() {
+    let host = Host::new();
+    let monitor = host.monitor();
+    let spec = fake::spec(1);
+    let console = host.hypervisor.console(&spec.vm);
+    std::fs::write(&console, "violin-guest: ready\n").unwrap();
+
+    let answer = ask(&monitor, Command::Start { spec, epoch: violin_common::Epoch::FIRST, image_sources: Vec::new() });
+
+    assert!(matches!(answer, Answer::Done), "{answer:?}");
+    assert!(!console.exists());
 }
 
 #[test]

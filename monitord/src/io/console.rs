@@ -25,6 +25,16 @@ pub fn is_ready(console: &Path) -> bool {
     bytes.is_ok_and(|bytes| String::from_utf8_lossy(&bytes).lines().any(|line| line.trim_end().ends_with(READY)))
 }
 
+/// Begins a new life: what an earlier guest of that name said, `ready` above all, is not to be taken for this one's.
+///
+/// Called before the guest is known to boot, for from then on its console is read.
+pub fn begin(console: &Path) -> io::Result<()> {
+    match std::fs::remove_file(console) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Cuts a console longer than [`LIMIT`] down to its end; returns the bytes cut off, 0 for one that is short or not there.
 ///
 /// Its writers append (QEMU's `append='on'`, the sandbox's guests), so they go on behind what is left. A line written in

@@ -215,8 +215,6 @@ impl Hypervisor for Libvirt {
             };
         }
         let places = self.places(spec, interface, image)?;
-        // A new life: what an earlier one said, `ready` above all, is not to be taken for this one's.
-        let _ = fs::remove_file(&places.console);
         let xml = domain::describe(spec, &places, self.settings.accel);
         let created = session.connection.create(&xml);
         // QEMU has read it, or never will.

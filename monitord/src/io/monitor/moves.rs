@@ -57,6 +57,7 @@ impl Monitor {
         let standing = Standing::Arriving { uri: String::new() };
         // Guests are moved when they are up; one that was not shows it on its console.
         let record = Record { spec: spec.clone(), interface: interface.clone(), epoch: None, ready: true, standing };
+        self.clear_console(vm)?;
         self.remember(Vm::new(record.clone(), VmState::Arriving))?;
         made.begin(Part::Port);
         self.attach(&record)?;

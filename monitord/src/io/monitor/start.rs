@@ -3,7 +3,7 @@
 use super::{Monitor, Trouble, Vm};
 use crate::hypervisor::{HypervisorError, ImageFiles};
 use crate::io::cgroup::HostGroup;
-use crate::io::console::is_ready;
+use crate::io::console::{self, is_ready};
 use crate::io::record::Record;
 use crate::transaction::{Made, Part, Standing};
 use std::net::SocketAddr;
@@ -45,6 +45,7 @@ impl Monitor {
         progress: &mut dyn FnMut(Answer),
         made: &mut Made,
     ) -> Result<(), Trouble> {
+        let vm = &spec.vm;
         let image = self.image(spec, sources, progress)?;
         made.begin(Part::Interface);
         let interface = self.hypervisor.make_interface(spec, false).map_err(|error| error.to_string())?;
@@ -58,6 +59,7 @@ impl Monitor {
         let mut known = Vm::new(record.clone(), VmState::Booting);
         known.booting = Some(Clock::now());
         made.begin(Part::Guest);
+        self.clear_console(vm)?;
         self.remember(known)?;
         made.begin(Part::Port);
         self.attach(&record)?;
@@ -65,6 +67,11 @@ impl Monitor {
         self.set_quota();
         progress(Answer::Progress { part: None, doing: "starting".into() });
         self.hypervisor.start(spec, &interface, image.as_ref()).map_err(|error| error.to_string())
+    }
+
+    pub(super) fn clear_console(&self, vm: &VmId) -> Result<(), Trouble> {
+        let path = self.hypervisor.console(vm);
+        console::begin(&path).map_err(|error| format!("removing an earlier console {}: {error}", path.display()))
     }
 
     /// Finds the VM's image here or fetches it.

@@ -48,6 +48,20 @@ fn a_retargeted_description_is_the_one_the_destination_would_write() {
 }
 
 #[test]
+fn the_memory_of_a_translated_guest_is_no_multiple_of_64_pages() {
+    for mib in [1, 256, 1000, 4096] {
+        let xml = describe(&VmSpec { memory_mib: mib, ..spec() }, &places("h1", None), Accel::Tcg);
+
+        let (_, rest) = xml.split_once("memory-backend-ram,id=violin.ram,size=").expect("a block of its own");
+        let bytes: u64 = rest.split_once('\'').unwrap().0.parse().unwrap();
+        assert!(bytes >= mib << 20 && bytes % 8192 == 0, "QEMU would round {bytes} up");
+        assert_ne!(bytes % (64 * 4096), 0);
+        assert!(xml.contains(&format!("<qemu:arg value='size={bytes}B'/>")), "{xml}");
+    }
+    assert!(!describe(&spec(), &places("h1", None), Accel::Kvm).contains("qemu:arg"));
+}
+
+#[test]
 fn a_destination_without_a_cpu_group_gets_none() {
     let here = describe(&spec(), &places("h1", Some("violin-h1")), Accel::Tcg);
 
