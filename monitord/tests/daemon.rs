@@ -12,7 +12,7 @@ use world::{World, until};
 #[test]
 #[ignore = "needs root"]
 fn the_daemon_reports_answers_undoes_and_calls_again() {
-    let world = World::new("dnmon");
+    let world = World::new("dn");
     let manager = Manager::new(&world);
     let mut daemon = monitord(&world, "h1", "0s");
     let mut line = manager.line();

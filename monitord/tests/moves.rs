@@ -58,6 +58,7 @@ impl Stage {
         assert_eq!(manager.ask(&h1, &start), Answer::Done);
         assert_eq!(manager.ask(&h1, &start), Answer::Done);
         let echo = Echo::accept(&listener);
+        world.keeps_to_itself(&spec);
         Self { manager, h1, h2, daemons, echo, spec, world }
     }
 

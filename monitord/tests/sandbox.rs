@@ -24,7 +24,7 @@ fn wait_for(events: &Receiver<HypervisorEvent>, change: Change) -> HypervisorEve
 #[test]
 #[ignore = "needs root"]
 fn a_guest_moves_between_hosts_with_its_connection_open_and_leaves_nothing() {
-    let world = World::new("mvmon");
+    let world = World::new("mv");
     let (h1, h2) = (world.driver("h1"), world.driver("h2"));
     let (events1, events2) = (h1.events().unwrap(), h2.events().unwrap());
     let spec = world.spec();
@@ -77,7 +77,7 @@ fn a_guest_moves_between_hosts_with_its_connection_open_and_leaves_nothing() {
 #[test]
 #[ignore = "needs root"]
 fn a_guest_offered_to_nobody_comes_back_and_runs_on() {
-    let world = World::new("bkmon");
+    let world = World::new("bk");
     let h1 = world.driver("h1");
     let events = h1.events().unwrap();
     let spec = world.spec();
@@ -104,7 +104,7 @@ fn a_guest_offered_to_nobody_comes_back_and_runs_on() {
 #[test]
 #[ignore = "needs root"]
 fn a_guest_that_ends_by_itself_is_told_once() {
-    let world = World::new("endmon");
+    let world = World::new("end");
     let h1 = world.driver("h1");
     let events = h1.events().unwrap();
     let mut spec = world.spec();
@@ -128,7 +128,7 @@ fn the_real_guest_program_gets_ready_and_answers_before_and_after_a_move() {
     let beside = || std::path::PathBuf::from(env!("CARGO_BIN_EXE_monitord")).with_file_name("violin-probe");
     let program = std::env::var_os("VIOLIN_PROBE").map_or_else(beside, Into::into);
     assert!(program.exists(), "{} is not there: cargo build -p violin-probe", program.display());
-    let world = World::new("prmon");
+    let world = World::new("pr");
     let open = |host: &str| {
         let mut config = world.config(host);
         config.guest_program.clone_from(&program);
@@ -140,7 +140,7 @@ fn the_real_guest_program_gets_ready_and_answers_before_and_after_a_move() {
     let shell = format!("ssh-keygen -q -t ed25519 -N '' -f {0} && base64 -w0 {0}", key.display());
     let private = std::process::Command::new("sh").args(["-c", &shell]).output().unwrap().stdout;
     let (private, public) = (String::from_utf8(private).unwrap(), std::fs::read_to_string(key.with_extension("pub")).unwrap());
-    spec.guest_config = "VIOLIN_NAME=c1\nVIOLIN_VM=prmon-c1\nVIOLIN_ENVIRONMENT=prmon\nVIOLIN_ADDRESS=10.91.0.1/24\n\
+    spec.guest_config = "VIOLIN_NAME=c1\nVIOLIN_VM=pr-c1\nVIOLIN_ENVIRONMENT=pr\nVIOLIN_ADDRESS=10.91.0.1/24\n\
         VIOLIN_MAC=52:54:00:91:00:01\nVIOLIN_MTU=1400\nVIOLIN_HOSTS=10.91.0.1 c1\nVIOLIN_CANARY=7001\n"
         .into();
     spec.guest_config += &format!("VIOLIN_SSH_PRIVATE={private}\nVIOLIN_SSH_PUBLIC={public}");

@@ -58,8 +58,19 @@ fn is_frozen(world: &World) -> bool {
     let guest = std::fs::read(world.dir.path().join(format!("shared/{0}-c1/guest.json", world.tag))).unwrap();
     let init = serde_json::from_slice::<serde_json::Value>(&guest).unwrap()["init"].to_string();
     let groups = std::fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap();
-    let own = groups.lines().find_map(|line| line.split_once(":freezer:")).expect("a v1 freezer").1;
-    std::fs::read_to_string(format!("/sys/fs/cgroup/freezer{own}/freezer.state")).unwrap().trim() == "FROZEN"
+    // cgroups(7): `NUMBER:CONTROLLERS:/PATH` of each tree, the unified one without controllers.
+    let own = |mark: &str| groups.lines().find_map(|line| line.split_once(mark)).expect("a group in each tree").1.to_owned();
+    let (trees, read) = (&world.trees, |path: PathBuf| std::fs::read_to_string(path).unwrap());
+    match (trees.v1.get("freezer"), &trees.unified) {
+        (Some(root), _) => read(root.join(own(":freezer:/")).join("freezer.state")).trim() == "FROZEN",
+        (None, Some(root)) => read(root.join(own("0::/")).join("cgroup.events")).contains("frozen 1"),
+        (None, None) => panic!("no tree freezes"),
+    }
+}
+
+/// The file that says that the guest is offered to h2.
+fn offer(world: &World) -> PathBuf {
+    world.dir.path().join(format!("shared/{}-c1/to.h2", world.tag))
 }
 
 #[test]
@@ -88,7 +99,7 @@ fn killed_after_the_offer_the_destination_takes_the_guest() {
     let world = World::new("kb");
     let mut echo = guest(&world);
     let mut process = source(&world, 0);
-    let offer = world.dir.path().join("shared/kb-c1/to.h2");
+    let offer = offer(&world);
     until("the guest is offered", LIMIT, || offer.exists());
     process.kill().unwrap();
     process.wait().unwrap();
@@ -108,7 +119,7 @@ fn killed_after_an_offer_nobody_takes_the_guest_comes_back() {
     let world = World::new("kc");
     let mut echo = guest(&world);
     let mut process = source(&world, 0);
-    let offer = world.dir.path().join("shared/kc-c1/to.h2");
+    let offer = offer(&world);
     until("the guest is offered", LIMIT, || offer.exists());
     process.kill().unwrap();
     process.wait().unwrap();

@@ -32,14 +32,16 @@ impl Journal {
         if let Some(parent) = path.parent() {
             std::fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
         }
+        {
+            use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+            // It holds the environments' private keys: whoever opened it a moment before it was closed could read on.
+            let open = || std::fs::OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path);
+            let file = open().with_context(|| format!("making the journal {}", path.display()))?;
+            file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
+        }
         let database = Database::create(path).with_context(|| {
             format!("opening the journal {} (does another adaptd use it, or is it no journal?)", path.display())
         })?;
-        {
-            use std::os::unix::fs::PermissionsExt;
-            // It holds the environments' private keys.
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-        }
         let write = database.begin_write()?;
         write.open_table(RECORDS)?;
         write.open_table(FENCE)?;

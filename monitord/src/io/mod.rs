@@ -11,6 +11,7 @@ pub mod libvirt;
 mod link;
 pub mod monitor;
 pub mod netlink;
+mod private;
 pub mod proc;
 pub mod record;
 pub mod run;

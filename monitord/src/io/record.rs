@@ -30,10 +30,10 @@ pub struct Records {
 }
 
 impl Records {
-    /// Opens the directory.
+    /// Opens the directory, which others may not enter: a VM's configuration holds its environment's private key.
     pub fn open(run: &Path) -> io::Result<Self> {
         let dir = run.join("vms");
-        fs::create_dir_all(&dir)?;
+        super::private::folder(&dir)?;
         Ok(Self { dir })
     }
 
@@ -45,7 +45,7 @@ impl Records {
     pub fn write(&self, record: &Record) -> io::Result<()> {
         let path = self.path(&record.spec.vm);
         let temporary = path.with_extension("new");
-        fs::write(&temporary, serde_json::to_vec_pretty(record).map_err(io::Error::other)?)?;
+        super::private::write(&temporary, serde_json::to_vec_pretty(record).map_err(io::Error::other)?)?;
         fs::rename(temporary, path)
     }
 

@@ -62,15 +62,18 @@ sleep 1000;
 "#;
 
 impl World {
-    /// `tag` must be short and used by one test only.
+    /// `tag`: at most three characters, for one test only. What a killed run left is another process's, by its names.
     pub fn new(tag: &str) -> Self {
+        assert!(tag.len() <= 3, "interface names have 15 bytes");
+        let trees = Hierarchies::detect().unwrap();
+        sweep(&trees);
+        let tag = format!("{}{tag}", prefix(std::process::id()));
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("guest.sh");
         std::fs::write(&program, GUEST).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let trees = Hierarchies::detect().unwrap();
         let groups = ["h1", "h2"].map(|host| HostGroup::create(&trees, &format!("{tag}{host}")).unwrap()).to_vec();
-        let world = Self { tag: tag.into(), dir, trees, groups };
+        let world = Self { tag, dir, trees, groups };
         let hub = world.netns("hub");
         ip(&format!("netns add {hub}"));
         ip(&format!("-n {hub} link add name hub type bridge ageing_time 0"));
@@ -126,6 +129,29 @@ impl World {
         inside(netns, || TcpListener::bind("10.91.0.254:5000")).unwrap()
     }
 
+    /// What a guest was told is on disk, and in no file that another user could read.
+    pub fn keeps_to_itself(&self, spec: &VmSpec) {
+        // A line without characters that JSON writes otherwise.
+        let told = spec.guest_config.lines().next().unwrap();
+        let (mut folders, mut holding) = (vec![self.dir.path().to_owned()], Vec::new());
+        while let Some(folder) = folders.pop() {
+            for path in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.is_file() && String::from_utf8_lossy(&std::fs::read(&path).unwrap()).contains(told) {
+                    holding.push(path);
+                }
+            }
+        }
+        assert!(!holding.is_empty(), "nothing holds the guest's configuration: this proves nothing");
+        for path in holding {
+            for (path, want) in [(path.as_path(), 0o600), (path.parent().unwrap(), 0o700)] {
+                let mode = path.metadata().unwrap().permissions().mode() & 0o777;
+                assert_eq!(mode, want, "{} is {mode:o}, want {want:o}", path.display());
+            }
+        }
+    }
+
     pub fn spec(&self) -> VmSpec {
         VmSpec {
             vm: format!("{}-c1", self.tag).parse().unwrap(),
@@ -139,6 +165,51 @@ impl World {
             memory_mib: 64,
             image: None,
             guest_config: "ADDRESS=10.91.0.1/24\nPEER=10.91.0.254:5000\n".into(),
+        }
+    }
+}
+
+/// How names of this process's worlds begin: its number in five digits of base 36, enough for the kernel's largest.
+fn prefix(pid: u32) -> String {
+    let digits = [36u32.pow(4), 36u32.pow(3), 36 * 36, 36, 1].map(|place| char::from_digit(pid / place % 36, 36).unwrap());
+    format!("t{}", String::from_iter(digits))
+}
+
+/// Whether a world of this tag was a process's that is gone.
+fn is_dead(tag: &str) -> bool {
+    let pid = tag.get(1..6).and_then(|digits| u32::from_str_radix(digits, 36).ok());
+    pid.is_some_and(|pid| tag.starts_with(&prefix(pid)) && !Path::new(&format!("/proc/{pid}")).exists())
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Removes what a killed run left: namespaces, groups, and the guests, which outlive everything by design.
+fn sweep(trees: &Hierarchies) {
+    for name in names(Path::new("/run/netns")) {
+        if name.split_once('-').is_some_and(|(tag, host)| ["h1", "h2", "hub"].contains(&host) && is_dead(tag)) {
+            let _ = Command::new("ip").args(["netns", "delete", &name]).status();
+        }
+    }
+    for root in trees.v1.values().chain(&trees.unified) {
+        for name in names(root) {
+            let Some(world) = name.strip_suffix("h1.partition").or_else(|| name.strip_suffix("h2.partition")) else { continue };
+            if !(6..10).contains(&world.len()) || !is_dead(world) {
+                continue;
+            }
+            let group = root.join(&name);
+            for guest in names(&group).into_iter().map(|guest| group.join(guest)).filter(|guest| guest.is_dir()) {
+                // The kernel makes even frozen processes of the unified tree end; version 1's wait for their driver.
+                let pids = std::fs::read_to_string(guest.join("cgroup.procs")).unwrap_or_default();
+                for pid in pids.lines().filter_map(|pid| pid.parse().ok()) {
+                    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+                }
+                // Refused until they have ended: the next run's.
+                let _ = std::fs::remove_dir(guest);
+            }
+            let _ = std::fs::remove_dir(group);
         }
     }
 }

@@ -12,12 +12,6 @@ use std::process::{Command, Stdio};
 /// The mark (SO_MARK) of what the switch itself sends to a guest: "viol".
 pub const MARK: u32 = 0x7669_6f6c;
 
-/// Whether a name can be that of an interface and be quoted safely.
-pub fn is_interface_name(name: &str) -> bool {
-    let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b'@');
-    (1..16).contains(&name.len()) && name.bytes().all(legal) && name != "." && name != ".."
-}
-
 /// The nft table of an interface; characters nft does not take in names are written in hexadecimal.
 pub fn table(interface: &str) -> String {
     let mut name = String::from("violin_");
@@ -100,11 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_could_break_out_of_a_path_or_script_are_refused() {
-        for bad in ["", "a/b", "..", "a b", "a\"b", "a;b", "a\nb", "sixteen-letters-"] {
-            assert!(!is_interface_name(bad), "{bad:?}");
-        }
-        assert!(is_interface_name("vnet0") && is_interface_name("eth0.5") && is_interface_name("a-b"));
+    fn each_interface_has_a_table_of_its_own() {
         assert_ne!(table("a-b"), table("a.b"));
     }
 }

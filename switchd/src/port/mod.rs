@@ -24,7 +24,7 @@ pub enum AttachError {
     #[error("interface {0} is not there: create it, or wait until the guest that owns it arrives")]
     NotThere(String),
     /// A name no interface can have.
-    #[error("got interface name {0:?}, want 1 to 15 characters of letters, digits and '-', '_', '.', '@'")]
+    #[error("got interface name {0:?}, want {INTERFACE_NAME}", INTERFACE_NAME = violin_common::id::INTERFACE_NAME)]
     BadName(String),
     /// The interface could not be closed to the host's own network stack, so it was left alone.
     #[error("could not keep the host's own stack off interface {interface}: {why}; check that nft works here")]

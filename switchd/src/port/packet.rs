@@ -27,7 +27,7 @@ pub struct Packet {
 impl Packet {
     /// Closes the interface to the host's stack, opens it for the switch and sets it up. `guarded`: see [`guard::close`].
     pub fn open(interface: &str, guarded: bool) -> Result<Self, AttachError> {
-        if !guard::is_interface_name(interface) {
+        if !violin_common::is_interface_name(interface) {
             return Err(AttachError::BadName(interface.into()));
         }
         let not_there = || AttachError::NotThere(interface.into());

@@ -1,8 +1,8 @@
 //! `tap`: an interface the switch creates and holds; its other side lies in some network namespace.
 
 use super::{AttachError, HEADROOM, PortIo, ReadError, WriteError, write_error};
+use crate::io::link;
 use crate::io::sys::{self, Batch, Received};
-use crate::io::{guard, link};
 use crate::virtio::{self, Offload};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::uio::{readv, writev};
@@ -25,7 +25,7 @@ pub struct Tap {
 impl Tap {
     /// Creates the TAP in the given (or this) namespace, with the network's MTU, and sets it up.
     pub fn open(interface: &str, netns: Option<&str>, mtu: u16) -> Result<Self, AttachError> {
-        if !guard::is_interface_name(interface) {
+        if !violin_common::is_interface_name(interface) {
             return Err(AttachError::BadName(interface.into()));
         }
         let Some(path) = netns else { return Self::create(interface, mtu) };

@@ -8,7 +8,8 @@ use violin_common::api::switch::{
     FdbEntry, FdbPlace, NetworkSpec, Ownership, PeerSeen, PortKind, PortSeen, PortSpec, SwitchReply, SwitchRequest, SwitchStatus,
 };
 use violin_common::control::mesh::Message;
-use violin_common::{HostId, Instant, MacAddr, PortId, Vni};
+use violin_common::id::INTERFACE_NAME;
+use violin_common::{HostId, Instant, MacAddr, PortId, Vni, is_interface_name};
 
 impl Switch {
     /// A request came; [`Command::Answer`] carries its answer, now or later. Counters and traffic are the data plane's.
@@ -186,9 +187,8 @@ impl Switch {
             PortKind::Vxlan { .. } => None,
         };
         if let Some((interface, netns)) = name(&spec.kind) {
-            let legal = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':';
-            if interface.is_empty() || interface.len() > 15 || !interface.bytes().all(legal) {
-                return Err(format!("got interface {interface:?}, want 1 to 15 printable characters without '/' and ':'"));
+            if !is_interface_name(&interface) {
+                return Err(format!("got interface {interface:?}, want {INTERFACE_NAME}"));
             }
             let taken = self.ports.iter().find(|(_, port)| name(&port.spec.kind) == Some((interface.clone(), netns.clone())));
             if let Some((id, _)) = taken {

@@ -431,6 +431,8 @@ fn ports_and_networks_refuse_what_cannot_be() {
         (PortSpec { vni: vni(5), kind: packet("a"), owned: None }, "port p1 has it"),
         (PortSpec { vni: vni(5), kind: packet("b"), owned }, "port p1 has it"),
         (PortSpec { vni: vni(5), kind: packet("a/../../b"), owned: None }, "want 1 to 15"),
+        (PortSpec { vni: vni(5), kind: packet("a\"b"), owned: None }, "want 1 to 15"),
+        (PortSpec { vni: vni(5), kind: packet(".."), owned: None }, "want 1 to 15"),
         (PortSpec { vni: vni(5), kind: packet("sixteen-letters-"), owned: None }, "want 1 to 15"),
     ];
     for (spec, wanted) in cases {

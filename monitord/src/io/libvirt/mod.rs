@@ -20,9 +20,7 @@ use migrate::Incoming;
 use parameters::{Value, number};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, channel};
@@ -84,9 +82,8 @@ impl Libvirt {
     ///
     /// Errors: the directories for run-time files cannot be made, or a thread not be started.
     pub fn start(settings: Settings) -> std::io::Result<Self> {
-        for folder in ["console", "guest"] {
-            fs::create_dir_all(settings.run.join(folder))?;
-        }
+        fs::create_dir_all(settings.run.join("console"))?;
+        super::private::folder(&settings.run.join("guest"))?;
         let (sender, receiver) = channel();
         let sink = Arc::new(Sink::new(sender, settings.run.clone()));
         let link = Link::start(settings.uri.clone(), settings.accel, sink.clone())?;
@@ -126,7 +123,7 @@ impl Libvirt {
             });
         }
         let guest_config = guest_config(&self.settings.run, &spec.vm);
-        if let Err(error) = write_private(&guest_config, &spec.guest_config) {
+        if let Err(error) = super::private::write(&guest_config, &spec.guest_config) {
             return Err(HypervisorError::Refused { asked: asked(), said: format!("{}: {error}", guest_config.display()) });
         }
         Ok(Places {
@@ -365,12 +362,6 @@ fn quota(cap: f64, vcpus: u32) -> i64 {
 /// Where a VM's configuration lies until its QEMU has read it: it may hold keys.
 fn guest_config(run: &Path, vm: &VmId) -> PathBuf {
     run.join("guest").join(vm.as_str())
-}
-
-/// Writes a file that only its owner can read.
-fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
-    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-    file.write_all(text.as_bytes())
 }
 
 fn console(run: &Path, vm: &VmId) -> PathBuf {

@@ -11,7 +11,7 @@ mod store;
 
 use super::cgroup::{GuestGroup, Hierarchies};
 use super::netlink::Netlink;
-use super::{clock, proc};
+use super::{clock, private, proc};
 use crate::hypervisor::{Change, Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Usage, Whereabouts};
 use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
@@ -182,11 +182,11 @@ impl Inner {
 
     fn launch(&self, spec: &VmSpec, interface: &str, netns: &OwnedFd) -> std::io::Result<Guest> {
         let dir = self.store.dir(&spec.vm);
-        fs::create_dir_all(&dir)?;
+        private::folder(&dir)?;
         // Killed from here on, the next start finds this file and ends whatever runs.
         fs::write(dir.join(format!("starting.{}", self.config.host)), "")?;
         let config = dir.join("guest.conf");
-        fs::write(&config, &spec.guest_config)?;
+        private::write(&config, &spec.guest_config)?;
         let console = self.store.console(&spec.vm);
         File::create(&console)?;
         let groups = self.groups(&spec.vm).create()?;

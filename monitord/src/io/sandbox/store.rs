@@ -4,6 +4,7 @@
 //! is: `at.HOST` (it belongs to HOST) or `to.HOST` (offered to HOST, which may take it). A marker changes hands by one
 //! rename, which the kernel does for one asker only; so at any kill a guest belongs to exactly one host.
 
+use crate::io::private;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fs;
 use std::io;
@@ -87,19 +88,22 @@ fn read<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
         .map_err(|error| io::Error::other(format!("{}: got {error}, want a file this driver wrote", path.display())))
 }
 
-/// Writes a file whole or not at all.
+/// Writes a file for root alone, whole or not at all.
 pub(crate) fn write_whole(path: &Path, value: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_vec_pretty(value).map_err(io::Error::other)?;
     let temporary =
         path.with_file_name(format!(".{}.{}", path.file_name().unwrap_or_default().to_string_lossy(), std::process::id()));
-    fs::write(&temporary, text)?;
+    private::write(&temporary, text)?;
     fs::rename(&temporary, path)
 }
 
 impl Store {
     pub(crate) fn open(root: &Path) -> io::Result<Self> {
         fs::create_dir_all(root)?;
-        Ok(Self { root: root.canonicalize()? })
+        let store = Self { root: root.canonicalize()? };
+        // An earlier version left them open to all users, keys and all.
+        store.all()?.iter().try_for_each(|(vm, _)| private::close(&store.dir(vm)))?;
+        Ok(store)
     }
 
     /// Tells this directory from any other on the machine: names groups that all hosts of one deployment share.
