@@ -98,7 +98,8 @@ impl Site {
     fn talk_in_its_move(&self, number: usize) -> bool {
         let (mut answered, mut ended) = (false, false);
         eventually(&format!("{VM} answers or has moved"), Duration::from_secs(120), || {
-            answered = self.lab.command(&["ssh", "three", "c1", "--", "true"]).output().is_ok_and(|output| output.status.success());
+            answered =
+                self.lab.command(&["ssh", "three", "c1", "--", "true"]).output().is_ok_and(|output| output.status.success());
             ended = self.lab.migrations().get(number).is_some_and(|migration| !migration["ended"].is_null());
             answered || ended
         });

@@ -26,7 +26,8 @@ fn accesses(environment: &str) -> usize {
 
 /// Control groups of an environment's guests, in all hierarchies.
 fn groups(environment: &str) -> usize {
-    let found = Command::new("find").args(["/sys/fs/cgroup", "-type", "d", "-name", &format!("{environment}-*")]).output().unwrap();
+    let found =
+        Command::new("find").args(["/sys/fs/cgroup", "-type", "d", "-name", &format!("{environment}-*")]).output().unwrap();
     String::from_utf8_lossy(&found.stdout).lines().count()
 }
 
