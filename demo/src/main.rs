@@ -81,7 +81,8 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("demo: {error:#}");
-            ExitCode::FAILURE
+            // As a shell says it of SIGINT: a script must be able to tell a demo broken off from one that failed.
+            if shell::interrupted() { ExitCode::from(130) } else { ExitCode::FAILURE }
         }
     }
 }

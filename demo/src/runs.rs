@@ -207,7 +207,7 @@ impl CrowdState<'_> {
 
     fn disperse(&mut self) {
         for (node, held) in self.burning.drain(..) {
-            if let Err(error) = self.operator.on_run("beta", &node, &["pkill -f 'violin-probe burn'"]) {
+            if let Err(error) = self.operator.run_to_end(["ssh", "beta", &node, "--", "pkill -f 'violin-probe burn'"]) {
                 shell::say(&format!("beta's {node} may still compute: {error:#}"));
             }
             drop(held);

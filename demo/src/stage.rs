@@ -53,6 +53,7 @@ impl Stage {
         }
         self.operator.run(words)?;
         self.keep.set(false);
+        shell::check_interrupt()?;
         self.lab = LabState::load(&options.lab)?;
         self.manager = self.lab.adaptd.socket.clone();
         shell::say("switches, monitors and the manager run; starting two environments with the same MAC and IP addresses");
@@ -64,6 +65,7 @@ impl Stage {
                 words.extend(["--place".into(), format!("{node}={host}")]);
             }
             self.operator.run(&words).with_context(|| format!("starting environment {name}"))?;
+            shell::check_interrupt()?;
             let spec = EnvironmentSpec::parse(&std::fs::read_to_string(&file)?)?;
             let macs: BTreeMap<_, MacAddr> = spec.nodes()?.into_iter().map(|node| (node.vm, node.mac)).collect();
             let request = AdaptRequest::Access { environment: spec.name.clone() };
@@ -105,7 +107,7 @@ impl Drop for Stage {
     fn drop(&mut self) {
         if !self.keep.get() {
             shell::say("taking the lab down");
-            if let Err(error) = self.operator.run(["lab", "down", &self.name]) {
+            if let Err(error) = self.operator.run_to_end(["lab", "down", &self.name]) {
                 shell::say(&format!("the lab is not all gone: {error:#}"));
             }
         }
