@@ -187,7 +187,9 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
     );
     check("TCP connections stayed open and intact", intact, format!("{} connections", transfers.len()));
     check("a VM with such a connection was moved", covered > 0, format!("{covered} moved"));
-    check("a corrupted transfer is noticed (control)", recorded.corruption_noticed, recorded.corruption_noticed.to_string());
+    let corrupted = &recorded.corrupted;
+    let noticed = corrupted.noticed_corruption();
+    check("a corrupted transfer is noticed (control)", noticed, format!("{:?} in {} bytes", corrupted.error, corrupted.bytes));
     check(
         "every moved VM was probed",
         unprobed == 0 && !migrations.is_empty(),
@@ -220,7 +222,7 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
             .map(|run| (run.label.to_owned(), json!({ "before": demand(&run.before), "after": demand(&run.after) })))
             .collect::<serde_json::Map<_, _>>()
             .into(),
-        tcp: json!({ "intact": intact, "control_failed": recorded.corruption_noticed,
+        tcp: json!({ "intact": intact, "control_failed": noticed, "control": corrupted,
                      "transfers": transfers.iter().map(|(label, transfer)| json!({ "run": label, "transfer": transfer })).collect::<Vec<_>>() }),
         probe: json!({ "control_lost": recorded.withheld_lost }),
         isolation: json!({ "leaked_frames": leaked, "control_seen": recorded.planted_seen > 0, "planted_seen": recorded.planted_seen,

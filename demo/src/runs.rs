@@ -70,8 +70,8 @@ pub(crate) struct Recorded {
     pub(crate) planted_underlay: Seen,
     /// Probe frames counted lost when one was withheld.
     pub(crate) withheld_lost: u64,
-    /// Whether a corrupted transfer was noticed.
-    pub(crate) corruption_noticed: bool,
+    /// What the receiver of a corrupted transfer saw.
+    pub(crate) corrupted: Transfer,
     /// What the underlay carried during the adaptive run.
     pub(crate) underlay: Seen,
 }
@@ -102,9 +102,9 @@ pub(crate) fn play(options: &Options, stage: &Stage, cast: &Cast) -> Result<Reco
     let canaries = count_canaries(stage)?;
     let (planted_seen, planted_underlay) = planted(stage, &canaries, &evidence)?;
     let withheld_lost = prober::withheld_is_counted(&stage.operator, &stage.ways, &evidence)?;
-    let corruption_noticed = transfers::corrupted_is_noticed(&stage.operator)?;
+    let corrupted = transfers::corrupted(&stage.operator)?;
     let runs = vec![calm, overloaded, adaptive];
-    Ok(Recorded { runs, canaries, planted_seen, planted_underlay, withheld_lost, corruption_noticed, underlay })
+    Ok(Recorded { runs, canaries, planted_seen, planted_underlay, withheld_lost, corrupted, underlay })
 }
 
 /// When the crowd comes, in seconds after HPL's start; the same in both overloaded runs.
