@@ -1,6 +1,7 @@
 //! What is claimed, in report.json and in a table, and the checks that would refute it.
 
 use crate::hpl::Finished;
+use crate::prober::Received;
 use crate::runs::{Recorded, Run};
 use crate::seed::Cast;
 use crate::stage::Stage;
@@ -37,6 +38,12 @@ struct Moved {
     frames_lost: Option<u64>,
     frames_reordered: Option<u64>,
     frames_duplicated: Option<u64>,
+    /// Frames the VM received and could not keep in its record.
+    frames_unrecorded: Option<u64>,
+    /// Numbers the prober used: received and lost ones together.
+    frames_sent: Option<u64>,
+    /// Whether the VM learned of the run's end; else the tail is counted by what the prober sent.
+    probe_ended: Option<bool>,
     probe_error: Option<String>,
     raw: Value,
 }
@@ -94,10 +101,13 @@ fn moved(migration: &Migration, run: &Run) -> Moved {
         total_ms: span_ms(migration.began, migration.ended),
         downtime_ms,
         blackout_ms: gap_ms.zip(downtime_ms).map(|(gap, pause)| gap - pause),
-        frames_received: received.map(|received| received.received),
-        frames_lost: received.map(|received| received.lost),
-        frames_reordered: received.map(|received| received.reordered),
-        frames_duplicated: received.map(|received| received.duplicated),
+        frames_received: received.map(|received| received.report.received),
+        frames_lost: received.map(Received::lost),
+        frames_reordered: received.map(|received| received.report.reordered),
+        frames_duplicated: received.map(|received| received.report.duplicated),
+        frames_unrecorded: received.map(|received| received.report.unrecorded),
+        frames_sent: received.map(|received| received.sent.numbers),
+        probe_ended: received.map(|received| received.report.ended),
         probe_error: match probe {
             Some(Err(error)) => Some(error.clone()),
             None => Some("no probe followed this move".to_owned()),
@@ -156,6 +166,11 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
     let rest = last_ended.map(|ended| adaptive.ended_ns.saturating_sub(ended) as f64 / total);
     let unprobed = migrations.iter().filter(|moved| moved.frames_received.unwrap_or(0) == 0).count();
 
+    let probed = || {
+        let of = |migration: &'_ Migration| adaptive.probes.get(&migration.number).and_then(|probe| probe.as_ref().ok());
+        adaptive.migrations.iter().filter_map(move |migration| Some((migration, of(migration)?)))
+    };
+
     let mut checks = Vec::new();
     let mut check = |claim, holds, saw: String| checks.push(Check { claim, holds, saw });
     for run in &recorded.runs {
@@ -195,7 +210,14 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
         unprobed == 0 && !migrations.is_empty(),
         format!("{unprobed} of {} were not", migrations.len()),
     );
-    check("a withheld probe frame is counted lost (control)", recorded.withheld_lost == 1, recorded.withheld_lost.to_string());
+    let partial = probed().filter(|(_, received)| !received.whole()).count();
+    check("every probe frame sent is accounted for, received or lost", partial == 0, format!("{partial} moves with a rest"));
+    let withheld = &recorded.withheld;
+    check(
+        "a withheld probe frame is counted lost (control)",
+        withheld.withheld_is_lost(),
+        format!("{} lost: {:?}", withheld.lost(), withheld.report.lost_ranges),
+    );
     check("no foreign canary reached a guest", leaked == 0, leaked.to_string());
     check("a planted foreign canary is counted (control)", recorded.planted_seen > 0, recorded.planted_seen.to_string());
     check(
@@ -224,7 +246,7 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
             .into(),
         tcp: json!({ "intact": intact, "control_failed": noticed, "control": corrupted,
                      "transfers": transfers.iter().map(|(label, transfer)| json!({ "run": label, "transfer": transfer })).collect::<Vec<_>>() }),
-        probe: json!({ "control_lost": recorded.withheld_lost }),
+        probe: json!({ "control_lost": withheld.lost(), "control_counted": withheld.withheld_is_lost(), "control": withheld.report }),
         isolation: json!({ "leaked_frames": leaked, "control_seen": recorded.planted_seen > 0, "planted_seen": recorded.planted_seen,
                            "canaries": recorded.canaries, "underlay": underlay, "underlay_control": control }),
         head_nodes_left_domain: heads_moved,

@@ -68,8 +68,8 @@ pub(crate) struct Recorded {
     pub(crate) planted_seen: u64,
     /// What the underlay carried meanwhile: that canary in a network not its own, and one bare.
     pub(crate) planted_underlay: Seen,
-    /// Probe frames counted lost when one was withheld.
-    pub(crate) withheld_lost: u64,
+    /// What a VM received of frames of which one was withheld.
+    pub(crate) withheld: Received,
     /// What the receiver of a corrupted transfer saw.
     pub(crate) corrupted: Transfer,
     /// What the underlay carried during the adaptive run.
@@ -101,10 +101,10 @@ pub(crate) fn play(options: &Options, stage: &Stage, cast: &Cast) -> Result<Reco
     stage.ask(&AdaptRequest::SetMode(Mode::Observe))?;
     let canaries = count_canaries(stage)?;
     let (planted_seen, planted_underlay) = planted(stage, &canaries, &evidence)?;
-    let withheld_lost = prober::withheld_is_counted(&stage.operator, &stage.ways, &evidence)?;
+    let withheld = prober::withheld(&stage.operator, &stage.ways, &evidence)?;
     let corrupted = transfers::corrupted(&stage.operator)?;
     let runs = vec![calm, overloaded, adaptive];
-    Ok(Recorded { runs, canaries, planted_seen, planted_underlay, withheld_lost, corrupted, underlay })
+    Ok(Recorded { runs, canaries, planted_seen, planted_underlay, withheld, corrupted, underlay })
 }
 
 /// When the crowd comes, in seconds after HPL's start; the same in both overloaded runs.
