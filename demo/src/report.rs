@@ -219,7 +219,13 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
         format!("{} lost: {:?}", withheld.lost(), withheld.report.lost_ranges),
     );
     check("no foreign canary reached a guest", leaked == 0, leaked.to_string());
-    check("a planted foreign canary is counted (control)", recorded.planted_seen > 0, recorded.planted_seen.to_string());
+    let blind: Vec<_> = recorded.planted_seen.iter().filter(|(_, count)| **count == 0).map(|(vm, _)| vm.as_str()).collect();
+    let control_seen = blind.is_empty() && !recorded.planted_seen.is_empty();
+    check(
+        "a planted foreign canary is counted by every compute node (control)",
+        control_seen,
+        format!("{} compute nodes, not by {blind:?}", recorded.planted_seen.len()),
+    );
     check(
         "on the underlay every canary travelled in its own network, none bare",
         underlay.canaries > 0 && underlay.canaries_in_wrong_network == 0 && underlay.bare == 0,
@@ -247,7 +253,7 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
         tcp: json!({ "intact": intact, "control_failed": noticed, "control": corrupted,
                      "transfers": transfers.iter().map(|(label, transfer)| json!({ "run": label, "transfer": transfer })).collect::<Vec<_>>() }),
         probe: json!({ "control_lost": withheld.lost(), "control_counted": withheld.withheld_is_lost(), "control": withheld.report }),
-        isolation: json!({ "leaked_frames": leaked, "control_seen": recorded.planted_seen > 0, "planted_seen": recorded.planted_seen,
+        isolation: json!({ "leaked_frames": leaked, "control_seen": control_seen, "planted_seen": recorded.planted_seen,
                            "canaries": recorded.canaries, "underlay": underlay, "underlay_control": control }),
         head_nodes_left_domain: heads_moved,
         seed,
