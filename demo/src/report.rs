@@ -1,5 +1,6 @@
 //! What is claimed, in report.json and in a table, and the checks that would refute it.
 
+use crate::capture::Seen;
 use crate::hpl::Finished;
 use crate::prober::Received;
 use crate::runs::{Recorded, Run};
@@ -226,16 +227,29 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
         control_seen,
         format!("{} compute nodes, not by {blind:?}", recorded.planted_seen.len()),
     );
+    let on_underlay = |of: fn(&Seen) -> u64| underlay.values().map(of).sum::<u64>();
+    let networks: BTreeSet<_> = underlay.values().flat_map(|seen| seen.by_vni.keys()).collect();
+    let stray = on_underlay(|seen| seen.canaries_in_wrong_network + seen.in_other_networks);
     check(
-        "on the underlay every canary travelled in its own network, none bare",
-        underlay.canaries > 0 && underlay.canaries_in_wrong_network == 0 && underlay.bare == 0,
-        format!("{} canaries in {} datagrams of networks {:?}", underlay.canaries, underlay.datagrams, underlay.by_vni.keys()),
+        "on the underlay every canary travelled in its own network, nothing in a network that is none, no guest's frame bare",
+        on_underlay(|seen| seen.canaries) > 0 && stray == 0 && on_underlay(|seen| seen.bare) == 0,
+        format!(
+            "{} canaries in {} datagrams of networks {networks:?}, {stray} stray, {} bare",
+            on_underlay(|seen| seen.canaries),
+            on_underlay(|seen| seen.datagrams),
+            on_underlay(|seen| seen.bare)
+        ),
     );
+    let dropped = on_underlay(|seen| seen.dropped);
+    check("every host's underlay was captured without a gap", dropped == 0, format!("{dropped} packets missed"));
     let control = &recorded.planted_underlay;
     check(
-        "a canary in another network and a bare one are counted there (control)",
-        control.canaries_in_wrong_network > 0 && control.bare > 0,
-        format!("{} in a wrong network, {} bare", control.canaries_in_wrong_network, control.bare),
+        "canaries in another network, a bare one and frames to a guest's MAC are counted there (control)",
+        control.canaries_in_wrong_network > 0 && control.bare_of_guests > 0 && control.bare > control.bare_of_guests,
+        format!(
+            "{} in a wrong network, {} bare, {} of them to a guest",
+            control.canaries_in_wrong_network, control.bare, control.bare_of_guests
+        ),
     );
     check("head nodes stayed in their domain", heads_moved == 0, heads_moved.to_string());
 

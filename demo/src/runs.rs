@@ -68,14 +68,14 @@ pub(crate) struct Recorded {
     pub(crate) canaries: BTreeMap<String, Canaries>,
     /// Foreign canaries counted by each compute node after some were planted.
     pub(crate) planted_seen: BTreeMap<String, u64>,
-    /// What the underlay carried meanwhile: those canaries in a network not their own, and a bare one.
+    /// What the underlay carried meanwhile: those canaries in a network not their own, and bare frames.
     pub(crate) planted_underlay: Seen,
     /// What a VM received of frames of which one was withheld.
     pub(crate) withheld: Received,
     /// What the receiver of a corrupted transfer saw.
     pub(crate) corrupted: Transfer,
-    /// What the underlay carried during the adaptive run.
-    pub(crate) underlay: Seen,
+    /// What each host's underlay carried during the adaptive run.
+    pub(crate) underlay: BTreeMap<String, Seen>,
 }
 
 /// Plays all runs and the positive controls.
@@ -93,11 +93,14 @@ pub(crate) fn play(options: &Options, stage: &Stage, cast: &Cast) -> Result<Reco
     let schedule = Schedule::of(calm.hpl.seconds, options.guests);
     let overloaded = run(options, stage, "overloaded", n, Mode::DryRun, crowd.map(|cast| (cast, schedule)))?;
 
-    let host = stage.lab.hosts.first().context("the lab has no host")?;
-    let capture = Capture::start(&host.netns_path(), &host.underlay_interface, host.mesh_port, &evidence.join("underlay.pcap"))?;
+    let mut captures = Vec::new();
+    for host in &stage.lab.hosts {
+        let file = evidence.join(format!("underlay-{}.pcap", host.host));
+        captures.push((host.host.to_string(), Capture::start(host, &stage.inside, &file)?));
+    }
     let mode = if options.dry_run { Mode::DryRun } else { Mode::Act };
     let adaptive = run(options, stage, "adaptive", n, mode, crowd.map(|cast| (cast, schedule)))?;
-    let underlay = capture.finish()?;
+    let underlay = captures.into_iter().map(|(host, capture)| Ok((host, capture.finish()?))).collect::<Result<_>>()?;
 
     shell::say("counting canaries, then planting one that must be counted, withholding one probe frame, corrupting one transfer");
     stage.ask(&AdaptRequest::SetMode(Mode::Observe))?;
@@ -267,18 +270,24 @@ fn count_canaries(stage: &Stage) -> Result<BTreeMap<String, Canaries>> {
 }
 
 /// The positive controls: the head of each environment sends canaries with a foreign tag, the host of alpha's head one outside
-/// the mesh. How many foreign ones each compute node counts now, and what the wire of that host carried.
+/// the mesh, and frames to a guest's MAC. How many foreign ones each compute node counts now, and what the wire of that host carried.
 fn planted(stage: &Stage, before: &BTreeMap<String, Canaries>, evidence: &Path) -> Result<(BTreeMap<String, u64>, Seen)> {
     let head = stage.vms()?.into_iter().find(|vm| vm.vm.as_str() == "alpha-head").and_then(|vm| vm.host);
     let host = stage.lab.hosts.iter().find(|host| Some(&host.host) == head.as_ref()).context("alpha's head runs nowhere")?;
     let file = evidence.join("underlay-control.pcap");
-    let capture = Capture::start(&host.netns_path(), &host.underlay_interface, host.mesh_port, &file)?;
-    let mut bare = Command::new("nsenter");
-    bare.arg(format!("--net={}", host.netns_path())).arg("--").arg(stage.lab.binaries.join("violin-probe"));
-    bare.args(["plant-foreign", "--tag", "65000", "--interface", &host.underlay_interface]);
-    let output = bare.output().context("cannot run nsenter")?;
-    if !output.status.success() {
-        bail!("no bare canary could be sent: {}", String::from_utf8_lossy(&output.stderr).trim());
+    let capture = Capture::start(host, &stage.inside, &file)?;
+    let guest = stage.ways.get("alpha").and_then(|way| way.macs.values().next()).context("alpha has no guest")?.to_string();
+    let wire = ["--interface", &host.underlay_interface];
+    for (words, rest) in [
+        (["plant-foreign", "--tag", "65000"].as_slice(), [].as_slice()),
+        (&["send-numbered", "--run", "60001", "--duration", "20ms"], &["--mac", &guest]),
+    ] {
+        let mut bare = Command::new("nsenter");
+        bare.arg(format!("--net={}", host.netns_path())).arg("--").arg(stage.lab.binaries.join("violin-probe"));
+        let output = bare.args(words).args(wire).args(rest).output().context("cannot run nsenter")?;
+        if !output.status.success() {
+            bail!("no bare frame could be sent: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
     }
     // A flood reaches all; one of its copies may be lost, so that who has seen none yet is sent another.
     let mut seen: BTreeMap<String, u64> = BTreeMap::new();

@@ -1,5 +1,6 @@
 //! The stage: a lab of three hosts in two domains, two environments with the same addresses, all guests up.
 
+use crate::capture::Inside;
 use crate::prober::Access;
 use crate::seed::Cast;
 use crate::shell::{self, Operator};
@@ -23,6 +24,8 @@ pub(crate) struct Stage {
     pub(crate) manager: PathBuf,
     /// Ways into both environments.
     pub(crate) ways: BTreeMap<String, Access>,
+    /// What must not be seen outside the mesh.
+    pub(crate) inside: Inside,
     name: String,
     keep: Cell<bool>,
 }
@@ -37,6 +40,7 @@ impl Stage {
             lab: LabState::default(),
             manager: PathBuf::new(),
             ways: BTreeMap::new(),
+            inside: Inside::default(),
             name: options.lab.clone(),
             // What fails to come up goes by itself, and what stood there before is not ours to take down.
             keep: Cell::new(true),
@@ -68,6 +72,7 @@ impl Stage {
             shell::check_interrupt()?;
             let spec = EnvironmentSpec::parse(&std::fs::read_to_string(&file)?)?;
             let macs: BTreeMap<_, MacAddr> = spec.nodes()?.into_iter().map(|node| (node.vm, node.mac)).collect();
+            self.inside.add(spec.network.vni.value(), macs.values());
             let request = AdaptRequest::Access { environment: spec.name.clone() };
             let AdaptReply::Access { netns, .. } = self.ask(&request)? else { bail!("the manager answered another question") };
             self.ways.insert(name.to_owned(), Access::of(netns, macs)?);
