@@ -46,6 +46,10 @@ struct Moved {
     /// Whether the VM learned of the run's end; else the tail is counted by what the prober sent.
     probe_ended: Option<bool>,
     probe_error: Option<String>,
+    /// First frame of the prober to first step of the move.
+    probed_before_ms: Option<f64>,
+    /// What was not seen of the move, so that a figure above is null.
+    unseen: Vec<&'static str>,
     raw: Value,
 }
 
@@ -114,6 +118,20 @@ fn moved(migration: &Migration, run: &Run) -> Moved {
             None => Some("no probe followed this move".to_owned()),
             Some(Ok(_)) => None,
         },
+        probed_before_ms: received
+            .zip(migration.began)
+            .map(|(received, began)| (began.0 as f64 - received.sent.first_ns as f64) / 1e6),
+        unseen: [
+            ("its first step", migration.began),
+            ("its end", migration.ended),
+            ("STOP at the source", source.stopped),
+            ("RESUME at the destination", destination.resumed),
+            ("the last frame delivered at the source", source.last_delivered),
+            ("the first frame read at the destination", destination.first_read),
+        ]
+        .into_iter()
+        .filter_map(|(what, at)| at.is_none().then_some(what))
+        .collect(),
         raw: json!({ "source": migration.source, "destination": migration.destination, "announced": migration.announced,
                      "began": migration.began, "ended": migration.ended, "decision": migration.decision, "number": migration.number }),
     }
@@ -201,6 +219,9 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
         adaptive.hpl.seconds < overloaded.hpl.seconds,
         format!("{:.1} s against {:.1} s", adaptive.hpl.seconds, overloaded.hpl.seconds),
     );
+    let unseen: Vec<_> =
+        migrations.iter().filter(|moved| !moved.unseen.is_empty()).map(|moved| (&moved.vm, &moved.unseen)).collect();
+    check("total, pause and black-out of every move were measured", unseen.is_empty(), format!("not seen: {unseen:?}"));
     check("TCP connections stayed open and intact", intact, format!("{} connections", transfers.len()));
     check("a VM with such a connection was moved", covered > 0, format!("{covered} moved"));
     let corrupted = &recorded.corrupted;
@@ -211,6 +232,8 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
         unprobed == 0 && !migrations.is_empty(),
         format!("{unprobed} of {} were not", migrations.len()),
     );
+    let lead = migrations.iter().map(|moved| moved.probed_before_ms.unwrap_or(f64::NEG_INFINITY)).fold(f64::INFINITY, f64::min);
+    check("the prober's first frame was sent before the first step of each move", lead > 0.0, format!("{lead:.0} ms at least"));
     let partial = probed().filter(|(_, received)| !received.whole()).count();
     check("every probe frame sent is accounted for, received or lost", partial == 0, format!("{partial} moves with a rest"));
     let withheld = &recorded.withheld;
