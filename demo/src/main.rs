@@ -5,6 +5,7 @@
 //! [`runs`] (what is run), [`prober`] (who watches), [`report`] (what is claimed, and what would refute it).
 
 mod capture;
+mod evidence;
 mod hpl;
 mod prober;
 mod report;

@@ -317,10 +317,20 @@ fn versions(options: &Options) -> BTreeMap<String, String> {
             .and_then(|text| text.lines().next().map(str::to_owned));
         versions.insert(name.to_owned(), line.unwrap_or_else(|| "unknown".to_owned()));
     }
+    versions.insert("commit".to_owned(), commit().unwrap_or_else(|| "unknown".to_owned()));
     versions
 }
 
-/// Writes report.json and the evidence, prints the summary; whether every check held.
+/// The commit of the tree the demo is run in, which is where the programs are built; none without git.
+fn commit() -> Option<String> {
+    let mut git = std::process::Command::new("git");
+    let output = git.args(["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| text.trim().to_owned()).filter(|text| !text.is_empty())
+}
+
+/// Writes report.json, prints the summary; whether every check held. The evidence lies there already but for the daemons'
+/// own words, which are kept when the stage goes.
 pub(crate) fn publish(options: &Options, report: &Report) -> Result<bool> {
     let path = options.out.join("report.json");
     std::fs::write(&path, serde_json::to_string_pretty(report)?).with_context(|| format!("cannot write {}", path.display()))?;

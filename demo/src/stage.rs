@@ -28,6 +28,8 @@ pub(crate) struct Stage {
     pub(crate) inside: Inside,
     name: String,
     keep: Cell<bool>,
+    /// Where the daemons' words are kept.
+    evidence: PathBuf,
 }
 
 impl Stage {
@@ -44,6 +46,7 @@ impl Stage {
             name: options.lab.clone(),
             // What fails to come up goes by itself, and what stood there before is not ours to take down.
             keep: Cell::new(true),
+            evidence: options.out.join("evidence"),
         };
         stage.up(options, cast)
     }
@@ -110,6 +113,10 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
+        // Of a lab that never stood there is nothing to keep.
+        if !self.lab.name.is_empty() {
+            crate::evidence::keep(self, &self.evidence);
+        }
         if !self.keep.get() {
             shell::say("taking the lab down");
             if let Err(error) = self.operator.run_to_end(["lab", "down", &self.name]) {
