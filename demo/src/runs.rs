@@ -52,7 +52,7 @@ pub(crate) struct Run {
     /// What moved VMs received of the prober's frames, by the move's number.
     #[serde(skip)]
     pub(crate) probes: BTreeMap<u64, Result<Received, String>>,
-    /// All VMs just before the first move, or (without moves) in the middle of the crowd.
+    /// All VMs as last seen before the first move; without moves, as last seen during the run.
     #[serde(skip)]
     pub(crate) before: Vec<VmListed>,
     /// All VMs at the end.
