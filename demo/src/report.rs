@@ -178,7 +178,7 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
     let intact = transfers.iter().all(|(_, transfer)| transfer.intact && transfer.bytes > 0);
     let covered = done.iter().filter(|migration| migration.vm.as_str().starts_with("beta-c")).count();
     let leaked: u64 = recorded.canaries.values().map(|counts| counts.foreign).sum();
-    let underlay = &recorded.underlay;
+    let underlay: BTreeMap<_, _> = recorded.runs.iter().map(|run| (run.label, &run.underlay)).collect();
     let first_began = done.iter().filter_map(|migration| migration.began).map(|at| at.0).min();
     let last_ended = done.iter().filter_map(|migration| migration.ended).map(|at| at.0).max();
     let total = adaptive.ended_ns.saturating_sub(adaptive.began_ns) as f64;
@@ -250,8 +250,8 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
         control_seen,
         format!("{} compute nodes, not by {blind:?}", recorded.planted_seen.len()),
     );
-    let on_underlay = |of: fn(&Seen) -> u64| underlay.values().map(of).sum::<u64>();
-    let networks: BTreeSet<_> = underlay.values().flat_map(|seen| seen.by_vni.keys()).collect();
+    let on_underlay = |of: fn(&Seen) -> u64| underlay.values().flat_map(|hosts| hosts.values()).map(of).sum::<u64>();
+    let networks: BTreeSet<_> = underlay.values().flat_map(|hosts| hosts.values()).flat_map(|seen| seen.by_vni.keys()).collect();
     let stray = on_underlay(|seen| seen.canaries_in_wrong_network + seen.in_other_networks);
     check(
         "on the underlay every canary travelled in its own network, nothing in a network that is none, no guest's frame bare",

@@ -44,6 +44,9 @@ pub(crate) struct Run {
     pub(crate) began_ns: u64,
     /// See above.
     pub(crate) ended_ns: u64,
+    /// What each host's underlay carried meanwhile.
+    #[serde(skip)]
+    pub(crate) underlay: BTreeMap<String, Seen>,
     /// Connections inside beta.
     pub(crate) transfers: Vec<Transfer>,
     /// Moves the manager made during the run.
@@ -74,8 +77,6 @@ pub(crate) struct Recorded {
     pub(crate) withheld: Received,
     /// What the receiver of a corrupted transfer saw.
     pub(crate) corrupted: Transfer,
-    /// What each host's underlay carried during the adaptive run.
-    pub(crate) underlay: BTreeMap<String, Seen>,
 }
 
 /// Plays all runs and the positive controls.
@@ -93,14 +94,8 @@ pub(crate) fn play(options: &Options, stage: &Stage, cast: &Cast) -> Result<Reco
     let schedule = Schedule::of(calm.hpl.seconds, options.guests);
     let overloaded = run(options, stage, "overloaded", n, Mode::DryRun, crowd.map(|cast| (cast, schedule)))?;
 
-    let mut captures = Vec::new();
-    for host in &stage.lab.hosts {
-        let file = evidence.join(format!("underlay-{}.pcap", host.host));
-        captures.push((host.host.to_string(), Capture::start(host, &stage.inside, &file)?));
-    }
     let mode = if options.dry_run { Mode::DryRun } else { Mode::Act };
     let adaptive = run(options, stage, "adaptive", n, mode, crowd.map(|cast| (cast, schedule)))?;
-    let underlay = captures.into_iter().map(|(host, capture)| Ok((host, capture.finish()?))).collect::<Result<_>>()?;
 
     shell::say("counting canaries, then planting one that must be counted, withholding one probe frame, corrupting one transfer");
     stage.ask(&AdaptRequest::SetMode(Mode::Observe))?;
@@ -109,7 +104,7 @@ pub(crate) fn play(options: &Options, stage: &Stage, cast: &Cast) -> Result<Reco
     let withheld = prober::withheld(&stage.operator, &stage.ways, &evidence)?;
     let corrupted = transfers::corrupted(&stage.operator)?;
     let runs = vec![calm, overloaded, adaptive];
-    Ok(Recorded { runs, canaries, planted_seen, planted_underlay, withheld, corrupted, underlay })
+    Ok(Recorded { runs, canaries, planted_seen, planted_underlay, withheld, corrupted })
 }
 
 /// When the crowd comes, in seconds after HPL's start; the same in both overloaded runs.
@@ -151,6 +146,12 @@ fn run(
         _ => 5003,
     };
     let transfers = Transfers::start(operator, port)?;
+    // In every run: what it costs must not count against the adaptive one.
+    let mut captures = Vec::new();
+    for host in &stage.lab.hosts {
+        let file = evidence.join(format!("underlay-{label}-{}.pcap", host.host));
+        captures.push((host.host.to_string(), Capture::start(host, &stage.inside, &file)?));
+    }
 
     shell::say(&format!("{label}: HPL starts, N = {n}, on alpha's compute nodes"));
     let began_ns = monotonic_ns()?;
@@ -171,6 +172,7 @@ fn run(
     })?;
     stage.ask(&AdaptRequest::SetMode(Mode::Observe))?;
     let probes = prober.finish();
+    let underlay = captures.into_iter().map(|(host, capture)| Ok((host, capture.finish()?))).collect::<Result<_>>()?;
     let transfers = transfers.finish()?;
     let migrations = stage.migrations()?.split_off(earlier);
     shell::say(&format!(
@@ -180,7 +182,7 @@ fn run(
         hpl.gflops,
         migrations.len()
     ));
-    Ok(Run { label, hpl, began_ns, ended_ns, transfers, migrations, probes, before: timeline.before, after })
+    Ok(Run { label, hpl, began_ns, ended_ns, underlay, transfers, migrations, probes, before: timeline.before, after })
 }
 
 /// Guests of beta that really compute.
