@@ -5,6 +5,7 @@
 //! [`runs`] (what is run), [`prober`] (who watches), [`report`] (what is claimed, and what would refute it).
 
 mod capture;
+mod evidence;
 mod hpl;
 mod prober;
 mod report;
@@ -81,7 +82,8 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("demo: {error:#}");
-            ExitCode::FAILURE
+            // As a shell says it of SIGINT: a script must be able to tell a demo broken off from one that failed.
+            if shell::interrupted() { ExitCode::from(130) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -4,7 +4,6 @@
 
 use crate::shell::{self, Held, Operator};
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,21 +14,53 @@ use std::time::Duration;
 use violin_channel::local::blocking;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, Event, Migration};
 use violin_common::{MacAddr, VmId};
+use violin_probe::record::RunReport;
 
 /// How long frames go on after a move ended.
 const TAIL: Duration = Duration::from_millis(1500);
 
-/// What the moved VM received of the frames sent to it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// What a VM received of the frames sent to it, beside what was sent.
+#[derive(Debug, Clone)]
 pub(crate) struct Received {
-    /// Frames received, each number once.
-    pub(crate) received: u64,
-    /// Numbers between the first and the last sent that never came.
-    pub(crate) lost: u64,
-    /// Frames that came after a higher number.
-    pub(crate) reordered: u64,
-    /// Frames that came again.
-    pub(crate) duplicated: u64,
+    /// The VM's record.
+    pub(crate) report: RunReport,
+    /// The sender's account.
+    pub(crate) sent: Sent,
+}
+
+/// What the sender wrote of its frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Sent {
+    /// Numbers used, the withheld ones among them.
+    pub(crate) numbers: u64,
+    /// When the first went out, ns of this host's monotonic clock, which is the manager's, too.
+    pub(crate) first_ns: u64,
+}
+
+impl Received {
+    /// Numbers used that never came. A VM that missed the end of the run cannot know of a lost tail: the sender does.
+    pub(crate) fn lost(&self) -> u64 {
+        if self.report.ended { self.report.lost } else { self.sent.numbers.saturating_sub(self.report.received) }
+    }
+
+    /// Whether every number used is either received or lost, and none is unrecorded.
+    pub(crate) fn whole(&self) -> bool {
+        self.report.unrecorded == 0 && self.report.received + self.lost() == self.sent.numbers
+    }
+}
+
+/// Reads the sender's lines: one a frame, a summary at last.
+fn read_sent(text: &str) -> Result<Sent> {
+    let line = |line: Option<&str>| -> Result<serde_json::Value> {
+        serde_json::from_str(line.context("the sender wrote nothing")?).context("the sender's lines are JSON")
+    };
+    let summary = &line(text.lines().last())?["summary"];
+    let (sent, withheld) = (summary["sent"].as_u64(), summary["withheld"].as_u64());
+    let first = line(text.lines().next())?["sent_ns"].as_u64();
+    Ok(Sent {
+        numbers: sent.zip(withheld).map(|(sent, withheld)| sent + withheld).context("the sender wrote no summary")?,
+        first_ns: first.context("the sender sent no frame")?,
+    })
 }
 
 /// What is known of one environment's VMs and the way in.
@@ -80,6 +111,8 @@ struct Shared {
 struct Sending {
     sender: Held,
     vm: VmId,
+    /// The sender's lines.
+    log: PathBuf,
 }
 
 impl Prober {
@@ -176,7 +209,8 @@ impl Shared {
         let environment = vm.as_str().split('-').next().unwrap_or_default();
         let way = self.ways.get(environment).with_context(|| format!("no way into the environment of {vm}"))?;
         let mac = way.macs.get(vm).with_context(|| format!("the MAC of {vm} is not known"))?.to_string();
-        let log = std::fs::File::create(self.evidence.join(format!("probe-{number}-{vm}.jsonl")))?;
+        let path = self.evidence.join(format!("probe-{number}-{vm}.jsonl"));
+        let log = std::fs::File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", way.netns)).arg("--").arg(self.operator.programs().join("violin-probe"));
         command.args([
@@ -191,7 +225,7 @@ impl Shared {
         ]);
         command.args(["--run", &number.to_string()]).args(extra);
         command.stdin(Stdio::piped()).stdout(log).stderr(Stdio::inherit());
-        Ok(Sending { sender: Held::spawn(&mut command)?, vm: vm.clone() })
+        Ok(Sending { sender: Held::spawn(&mut command)?, vm: vm.clone(), log: path })
     }
 
     fn collect(&self, number: u64) {
@@ -201,16 +235,26 @@ impl Shared {
     }
 
     fn received(&self, number: u64, sending: Sending) -> Result<Received> {
-        let (environment, node) = sending.vm.as_str().split_once('-').context("a VM is named ENVIRONMENT-NODE")?;
         sending.sender.finish(Duration::from_secs(10))?;
+        let lines = std::fs::read_to_string(&sending.log).with_context(|| format!("cannot read {}", sending.log.display()))?;
+        let sent = read_sent(&lines).with_context(|| format!("frames to {}", sending.vm))?;
+        Ok(Received { report: self.record(number, &sending.vm)?, sent })
+    }
+
+    /// What the VM has received of a run until now.
+    fn record(&self, number: u64, vm: &VmId) -> Result<RunReport> {
+        let (environment, node) = vm.as_str().split_once('-').context("a VM is named ENVIRONMENT-NODE")?;
         let run = number.to_string();
         let text = self.operator.on_run(environment, node, &["violin-probe", "received", "--run", &run, "--json"])?;
-        serde_json::from_str(text.trim()).with_context(|| format!("{} said {text:?} of its frames", sending.vm))
+        serde_json::from_str(text.trim()).with_context(|| format!("{vm} said {text:?} of its frames"))
     }
 }
 
-/// The positive control: frames to a VM that stays, one number withheld. How many the VM counts as lost.
-pub(crate) fn withheld_is_counted(operator: &Operator, ways: &BTreeMap<String, Access>, evidence: &Path) -> Result<u64> {
+/// Number withheld by the positive control.
+const WITHHELD: u64 = 100;
+
+/// The positive control: frames to a VM that stays, one number withheld. What the VM received.
+pub(crate) fn withheld(operator: &Operator, ways: &BTreeMap<String, Access>, evidence: &Path) -> Result<Received> {
     const RUN: u64 = 60_000;
     let shared = Shared {
         operator: operator.clone(),
@@ -221,7 +265,61 @@ pub(crate) fn withheld_is_counted(operator: &Operator, ways: &BTreeMap<String, A
         counting: Mutex::default(),
     };
     let vm: VmId = "beta-head".parse().context("a VM's name")?;
-    let sending = shared.send(RUN, &vm, &["--withhold", "100"])?;
-    std::thread::sleep(Duration::from_secs(1));
-    Ok(shared.received(RUN, sending)?.lost)
+    let sending = shared.send(RUN, &vm, &["--withhold", &WITHHELD.to_string()])?;
+    shell::wait_for("frames beyond the withheld one", Duration::from_secs(30), || {
+        // Before the first frame the VM knows of no such run.
+        Ok(shared.record(RUN, &vm).is_ok_and(|report| report.last.is_some_and(|(number, _)| number > WITHHELD)))
+    })?;
+    shared.received(RUN, sending)
+}
+
+impl Received {
+    /// Whether the withheld number is counted among the lost. Others may be lost as well: the control is of the counting.
+    pub(crate) fn withheld_is_lost(&self) -> bool {
+        self.report.lost_ranges.iter().any(|(from, to)| (*from..=*to).contains(&WITHHELD))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use violin_probe::record::Run;
+
+    fn of(numbers: &[u64], end: Option<u64>, sent: u64) -> Received {
+        let mut run = Run::default();
+        for number in numbers {
+            run.receive(*number, 0);
+        }
+        if let Some(last) = end {
+            run.end(last);
+        }
+        Received { report: run.report(1), sent: Sent { numbers: sent, first_ns: 0 } }
+    }
+
+    #[test]
+    fn a_lost_tail_is_counted_whether_or_not_the_end_of_the_run_arrived() {
+        for end in [Some(7), None] {
+            let received = of(&[0, 1, 3, 4], end, 8);
+            assert_eq!((received.lost(), received.whole()), (4, true), "{end:?}");
+        }
+        assert!(!of(&[0, 1, 2], Some(2), 5).whole(), "the sender counts more than the receiver knows of");
+        let mut unrecorded = of(&[0, 1], Some(1), 2);
+        unrecorded.report.unrecorded = 1;
+        assert!(!unrecorded.whole());
+    }
+
+    #[test]
+    fn the_withheld_number_is_looked_for_among_all_lost() {
+        assert!(of(&[0, 98, 99, 101, 103], Some(110), 111).withheld_is_lost());
+        assert!(!of(&[100, 102], Some(110), 111).withheld_is_lost());
+    }
+
+    #[test]
+    fn the_senders_lines_tell_how_many_and_since_when() {
+        let text = "{\"number\":0,\"sent_ns\":7}\n{\"number\":1,\"sent_ns\":9}\n{\"summary\":{\"sent\":2,\"withheld\":1}}\n";
+        assert_eq!(read_sent(text).unwrap(), Sent { numbers: 3, first_ns: 7 });
+        for wrong in ["", "{}\n", "{\"summary\":{\"sent\":0,\"withheld\":0}}\n"] {
+            assert!(read_sent(wrong).is_err(), "{wrong:?}");
+        }
+    }
 }

@@ -24,9 +24,14 @@ pub(crate) fn catch_interrupts() {
     }
 }
 
+/// Whether the user wants to stop.
+pub(crate) fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
+
 /// An error once the user wants to stop.
 pub(crate) fn check_interrupt() -> Result<()> {
-    if INTERRUPTED.load(Ordering::SeqCst) {
+    if interrupted() {
         bail!("interrupted; cleaning up")
     }
     Ok(())
@@ -85,8 +90,16 @@ impl Operator {
         command
     }
 
-    /// Runs it and returns what it printed; an error with what it complained about otherwise.
+    /// Runs it and returns what it printed; an error with what it complained about otherwise. The user's wish to stop is
+    /// passed on to it once, and its end awaited: what it was building it removes.
     pub(crate) fn run<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Result<String> {
+        let mut command = self.command(words);
+        let output = output_or_interrupt(&mut command)?;
+        printed(&command, &output)
+    }
+
+    /// The same for what cleans up: it goes on when the user wants to stop.
+    pub(crate) fn run_to_end<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Result<String> {
         let mut command = self.command(words);
         let output = command.output().with_context(|| format!("cannot run {}", self.program.display()))?;
         printed(&command, &output)
@@ -97,12 +110,46 @@ impl Operator {
         self.command(["ssh", environment, node, "--"].iter().copied().chain(words.iter().copied()))
     }
 
-    /// Runs a command on a node and returns what it printed.
+    /// Runs a command on a node and returns what it printed; an error, too, when the user wants to stop meanwhile.
     pub(crate) fn on_run(&self, environment: &str, node: &str, words: &[&str]) -> Result<String> {
         let mut command = self.on(environment, node, words);
-        let output = command.output().context("cannot run violin ssh")?;
+        let output = output_or_interrupt(&mut command)?;
         printed(&command, &output)
     }
+}
+
+fn output_or_interrupt(command: &mut Command) -> Result<Output> {
+    check_interrupt()?;
+    let mut child = Held::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()))?;
+    let (stdout, stderr) = (read_all(child.0.stdout.take()), read_all(child.0.stderr.take()));
+    let mut told = false;
+    let status = loop {
+        if let Some(status) = child.0.try_wait().context("cannot wait for a child")? {
+            break status;
+        }
+        if interrupted() && !told {
+            told = true;
+            say("interrupted; ending what is under way");
+            let id = nix::unistd::Pid::from_raw(i32::try_from(child.0.id()).context("a process id")?);
+            let _ = nix::sys::signal::kill(id, Signal::SIGINT);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    // One that was done before it heard of it has its effect: the caller must know.
+    if told && !status.success() {
+        check_interrupt()?;
+    }
+    Ok(Output { status, stdout: stdout.join().unwrap_or_default(), stderr: stderr.join().unwrap_or_default() })
+}
+
+fn read_all(stream: Option<impl std::io::Read + Send + 'static>) -> std::thread::JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut stream) = stream {
+            let _ = stream.read_to_end(&mut bytes);
+        }
+        bytes
+    })
 }
 
 fn printed(command: &Command, output: &Output) -> Result<String> {
@@ -154,5 +201,22 @@ impl Drop for Held {
             let _ = self.0.kill();
             let _ = self.0.wait();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupt_ends_what_runs_and_nothing_is_started_after_it() {
+        let mut command = Command::new("sleep");
+        command.arg("600");
+        let waiting = std::thread::spawn(move || output_or_interrupt(&mut command).unwrap_err().to_string());
+        INTERRUPTED.store(true, Ordering::SeqCst);
+        assert!(waiting.join().unwrap().contains("interrupted"));
+        assert!(output_or_interrupt(&mut Command::new("true")).is_err());
+        INTERRUPTED.store(false, Ordering::SeqCst);
+        assert_eq!(output_or_interrupt(Command::new("echo").arg("word")).unwrap().stdout, b"word\n");
     }
 }

@@ -1,5 +1,6 @@
 //! The stage: a lab of three hosts in two domains, two environments with the same addresses, all guests up.
 
+use crate::capture::Inside;
 use crate::prober::Access;
 use crate::seed::Cast;
 use crate::shell::{self, Operator};
@@ -23,8 +24,12 @@ pub(crate) struct Stage {
     pub(crate) manager: PathBuf,
     /// Ways into both environments.
     pub(crate) ways: BTreeMap<String, Access>,
+    /// What must not be seen outside the mesh.
+    pub(crate) inside: Inside,
     name: String,
     keep: Cell<bool>,
+    /// Where the daemons' words are kept.
+    evidence: PathBuf,
 }
 
 impl Stage {
@@ -37,9 +42,11 @@ impl Stage {
             lab: LabState::default(),
             manager: PathBuf::new(),
             ways: BTreeMap::new(),
+            inside: Inside::default(),
             name: options.lab.clone(),
             // What fails to come up goes by itself, and what stood there before is not ours to take down.
             keep: Cell::new(true),
+            evidence: options.out.join("evidence"),
         };
         stage.up(options, cast)
     }
@@ -53,6 +60,7 @@ impl Stage {
         }
         self.operator.run(words)?;
         self.keep.set(false);
+        shell::check_interrupt()?;
         self.lab = LabState::load(&options.lab)?;
         self.manager = self.lab.adaptd.socket.clone();
         shell::say("switches, monitors and the manager run; starting two environments with the same MAC and IP addresses");
@@ -64,8 +72,10 @@ impl Stage {
                 words.extend(["--place".into(), format!("{node}={host}")]);
             }
             self.operator.run(&words).with_context(|| format!("starting environment {name}"))?;
+            shell::check_interrupt()?;
             let spec = EnvironmentSpec::parse(&std::fs::read_to_string(&file)?)?;
             let macs: BTreeMap<_, MacAddr> = spec.nodes()?.into_iter().map(|node| (node.vm, node.mac)).collect();
+            self.inside.add(spec.network.vni.value(), macs.values());
             let request = AdaptRequest::Access { environment: spec.name.clone() };
             let AdaptReply::Access { netns, .. } = self.ask(&request)? else { bail!("the manager answered another question") };
             self.ways.insert(name.to_owned(), Access::of(netns, macs)?);
@@ -103,9 +113,13 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
+        // Of a lab that never stood there is nothing to keep.
+        if !self.lab.name.is_empty() {
+            crate::evidence::keep(self, &self.evidence);
+        }
         if !self.keep.get() {
             shell::say("taking the lab down");
-            if let Err(error) = self.operator.run(["lab", "down", &self.name]) {
+            if let Err(error) = self.operator.run_to_end(["lab", "down", &self.name]) {
                 shell::say(&format!("the lab is not all gone: {error:#}"));
             }
         }

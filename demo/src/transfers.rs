@@ -38,14 +38,14 @@ struct Connection {
     sender: Held,
 }
 
-fn open(operator: &Operator, from: &str, to: &str, port: u16, extra: &[&str]) -> Result<Connection> {
+fn open(operator: &Operator, from: &str, to: &str, port: u16, until: &[&str]) -> Result<Connection> {
     let number: u8 = to.trim_start_matches('c').parse().context("a compute node's name is c1, c2, …")?;
     let address = format!("10.77.0.{}:{port}", number + 1);
     let port = port.to_string();
     let server =
         Held::spawn(operator.on("beta", to, &["violin-probe", "transfer-serve", "--port", &port]).stdout(Stdio::piped()))?;
-    let mut words = vec!["violin-probe", "transfer-send", "--to", &address, "--rate", RATE, "--until-stdin-closes"];
-    words.extend(extra);
+    let mut words = vec!["violin-probe", "transfer-send", "--to", &address, "--rate", RATE];
+    words.extend(until);
     let sender = Held::spawn(operator.on("beta", from, &words).stdin(Stdio::piped()).stdout(Stdio::null()))?;
     Ok(Connection { pair: format!("{from} -> {to}"), server, sender })
 }
@@ -64,7 +64,7 @@ impl Connection {
 impl Transfers {
     /// Opens a connection for each pair.
     pub(crate) fn start(operator: &Operator, port: u16) -> Result<Self> {
-        PAIRS.iter().map(|(from, to)| open(operator, from, to, port, &[])).collect::<Result<_>>().map(Self)
+        PAIRS.iter().map(|(from, to)| open(operator, from, to, port, &["--until-stdin-closes"])).collect::<Result<_>>().map(Self)
     }
 
     /// Ends them from the sender's side and collects what the receivers saw.
@@ -73,9 +73,37 @@ impl Transfers {
     }
 }
 
-/// The positive control: a connection on which one byte is changed after it was hashed. Whether its receiver noticed.
-pub(crate) fn corrupted_is_noticed(operator: &Operator) -> Result<bool> {
-    let connection = open(operator, "c1", "c2", 5099, &["--corrupt-at", "5000"])?;
-    std::thread::sleep(Duration::from_secs(2));
-    Ok(!connection.close()?.intact)
+/// Place of the byte changed on purpose: in the second block.
+const CORRUPT_AT: u64 = 2000;
+
+/// The positive control: a connection on which one byte is changed after it was hashed. What its receiver saw.
+pub(crate) fn corrupted(operator: &Operator) -> Result<Transfer> {
+    // The sender's two seconds begin with the connection, however long that takes.
+    let until = &["--duration", "2s", "--corrupt-at", &CORRUPT_AT.to_string()];
+    open(operator, "c1", "c2", 5099, until)?.close()
+}
+
+impl Transfer {
+    /// Whether the changed byte arrived and was noticed by its block's checksum; a connection that broke proves nothing.
+    pub(crate) fn noticed_corruption(&self) -> bool {
+        let named = self.error.as_ref().is_some_and(|error| error.contains("checksum"));
+        !self.intact && named && self.bytes > CORRUPT_AT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_checksum_that_differs_counts_as_corruption_noticed() {
+        let saw = |bytes, intact, error: Option<&str>| {
+            let error = error.map(str::to_owned);
+            Transfer { pair: String::new(), bytes, intact, error, longest_stall_ms: 0.0 }.noticed_corruption()
+        };
+        assert!(saw(28_000, false, Some("block 1: checksum differs")));
+        assert!(!saw(28_000, false, Some("no byte for 60 s")));
+        assert!(!saw(0, false, Some("no sender within 60 s")));
+        assert!(!saw(28_000, true, None));
+    }
 }

@@ -18,6 +18,8 @@ const TAIL: Duration = Duration::from_millis(500);
 const GIVE_UP_NS: u64 = 10_000_000_000;
 /// How often the end of the run is told, as any copy may be lost.
 const ENDS: u32 = 5;
+/// Time between these copies: one burst could be lost as a whole.
+const BETWEEN_ENDS: Duration = Duration::from_millis(50);
 
 /// What is to be sent.
 #[derive(Debug, Clone)]
@@ -113,7 +115,7 @@ pub fn run(plan: &Plan, output: &mut dyn Write) -> Result<()> {
     if let Some(last) = number.checked_sub(1) {
         for _ in 0..ENDS {
             let _ = socket.send(plan.mac, &Probe::End { run: plan.run, last });
-            std::thread::sleep(plan.interval.min(Duration::from_millis(50)));
+            std::thread::sleep(BETWEEN_ENDS);
         }
     }
     let deadline = now_ns() + u64::try_from(TAIL.as_nanos()).unwrap_or(0);
