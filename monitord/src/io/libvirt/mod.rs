@@ -215,6 +215,8 @@ impl Hypervisor for Libvirt {
             };
         }
         let places = self.places(spec, interface, image)?;
+        // QEMU appends: a new life starts a new console.
+        let _ = fs::remove_file(&places.console);
         let xml = domain::describe(spec, &places, self.settings.accel);
         let created = session.connection.create(&xml);
         // QEMU has read it, or never will.
