@@ -48,7 +48,7 @@ pub(crate) fn create(name: &str) -> Result<()> {
         if hierarchy.unified {
             // On a machine without v1 controllers the quota is set here; where they are v1 there is nothing to enable.
             let controllers = fs::read_to_string(hierarchy.root.join("cgroup.controllers")).unwrap_or_default();
-            for controller in ["cpu", "cpuset", "memory"].iter().filter(|c| controllers.split_whitespace().any(|k| k == **c)) {
+            for controller in ["cpu", "memory"].iter().filter(|c| controllers.split_whitespace().any(|k| k == **c)) {
                 let file = hierarchy.root.join("cgroup.subtree_control");
                 fs::write(&file, format!("+{controller}")).doing(|| format!("enabling {controller} in {}", file.display()))?;
             }

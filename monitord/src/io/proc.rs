@@ -45,6 +45,15 @@ pub fn start_time(pid: i32) -> Option<u64> {
     if matches!(state, "Z" | "X") { None } else { fields.nth(18)?.parse().ok() }
 }
 
+/// Processes in the PID namespace of this one: all of a sandbox guest, in whatever control group they are.
+pub fn beside(pid: i32) -> Vec<i32> {
+    use std::os::unix::fs::MetadataExt;
+    let namespace = |pid: i32| fs::metadata(format!("/proc/{pid}/ns/pid")).ok().map(|seen| (seen.dev(), seen.ino()));
+    let (Some(own), Ok(entries)) = (namespace(pid), fs::read_dir("/proc")) else { return Vec::new() };
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| namespace(*pid) == Some(own)).collect()
+}
+
 /// Pressure stall information: share of the last ten seconds in which some task waited, 0 to 1.
 /// `None`: the kernel does not tell. `what` is `cpu` or `memory`.
 pub fn pressure(what: &str) -> Option<f64> {
@@ -94,6 +103,19 @@ pub fn own_netns_path() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_is_beside_itself_and_its_children() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let own = i32::try_from(std::process::id()).unwrap();
+
+        let seen = beside(i32::try_from(child.id()).unwrap());
+
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(seen.contains(&own) && seen.contains(&i32::try_from(child.id()).unwrap()), "{seen:?}");
+        assert!(beside(i32::MAX).is_empty());
+    }
 
     #[test]
     fn pressure_is_a_fraction() {

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use monitord::hypervisor::{Hypervisor, HypervisorEvent};
+use monitord::io::cgroup::{Hierarchies, HostGroup};
 use monitord::io::libvirt::{Libvirt, Settings};
 use std::sync::Mutex;
 use std::sync::mpsc::Receiver;
@@ -73,10 +74,7 @@ impl Host {
         sh(&format!(
             "ip netns exec {name} ip addr add {address}/24 dev {name}-u; ip -n {name} link set {name}-u up; ip -n {name} link set lo up"
         ));
-        sh(&format!(
-            "for c in /sys/fs/cgroup/*/; do [ -w $c/cgroup.procs ] && mkdir -p $c/{name}.partition; done; \
-            for c in /sys/fs/cgroup/cpuset*/; do for f in cpuset.cpus cpuset.mems; do [ -e $c/$f ] && cat $c/$f > $c/{name}.partition/$f; done; done; true"
-        ));
+        HostGroup::create(&Hierarchies::detect().unwrap(), name).unwrap();
         let daemon = libvirtd(name, &dir);
         let settings = Settings {
             uri: format!("qemu+unix:///system?socket={}/sock/libvirt-sock", dir.display()),
@@ -180,15 +178,12 @@ impl Cleanup {
     fn now() {
         wait("processes and groups of the test are gone", Duration::from_secs(10), || {
             sh("for h in vlt-a vlt-b; do for p in $(ip netns pids $h 2>/dev/null); do kill -9 $p 2>/dev/null || true; done; \
-                find /sys/fs/cgroup/*/$h.partition -depth -type d -exec rmdir {} \\; 2>/dev/null || true; done");
-            fs::read_dir("/sys/fs/cgroup")
-                .unwrap()
-                .all(|group| {
-                    ["vlt-a", "vlt-b"]
-                        .iter()
-                        .all(|host| !group.as_ref().unwrap().path().join(format!("{host}.partition")).exists())
-                })
-                .then_some(())
+                find /sys/fs/cgroup/$h.partition /sys/fs/cgroup/*/$h.partition -depth -type d -exec rmdir {} \\; 2>/dev/null || true; done");
+            // Of v2 the group lies in the root itself, of v1 in that of each hierarchy.
+            let mut roots = vec![PathBuf::from("/sys/fs/cgroup")];
+            roots.extend(fs::read_dir(&roots[0]).unwrap().map(|entry| entry.unwrap().path()));
+            let left = |root: &PathBuf| ["vlt-a", "vlt-b"].iter().any(|host| root.join(format!("{host}.partition")).exists());
+            (!roots.iter().any(left)).then_some(())
         });
         sh("for h in vlt-a vlt-b; do ip netns del $h 2>/dev/null || true; done");
     }

@@ -82,10 +82,11 @@ impl GuestGroup {
             let there = fs::read_to_string(dir.join("cgroup.procs"))?;
             let there: Vec<&str> = there.lines().collect();
             // In the unified tree a process takes the state of the group it enters: it must not run a moment too soon.
-            if !self.moves_running() {
+            let missing: Vec<&i32> = processes.iter().filter(|pid| !there.contains(&pid.to_string().as_str())).collect();
+            if !missing.is_empty() && !self.moves_running() {
                 write(&dir.join("cgroup.freeze"), "1")?;
             }
-            for pid in processes.iter().filter(|pid| !there.contains(&pid.to_string().as_str())) {
+            for pid in missing {
                 match write(&dir.join("cgroup.procs"), &pid.to_string()) {
                     Err(error) if start_gone(*pid) => tracing::debug!(pid, %error, "process ended while its group changed"),
                     other => other?,
@@ -159,9 +160,7 @@ impl GuestGroup {
         if let Some(root) = self.trees.v1("cpu") {
             write(&root.join(host).join("cpu.shares"), &shares.clamp(2, 262_144).to_string())?;
         } else {
-            // The kernel's own conversion between the two scales: 1024 shares are weight 39, 2 are 1, 262144 are 10000.
-            let weight = 1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142;
-            write(&self.trees.unified()?.join(host).join("cpu.weight"), &weight.to_string())?;
+            write(&self.trees.unified()?.join(host).join("cpu.weight"), &super::weight(shares).to_string())?;
         }
         set_quota(&self.trees, host, cap, PERIOD)
     }

@@ -136,6 +136,13 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Weight in the unified tree for shares of a v1 tree: what was never set is 100 there, 1024 here.
+///
+/// Source: `sched_weight_to_cgroup` in the kernel's kernel/sched/core.c; Documentation/admin-guide/cgroup-v2.rst, `cpu.weight`.
+pub(crate) fn weight(shares: u64) -> u64 {
+    (shares.saturating_mul(100).saturating_add(512) / 1024).clamp(1, 10_000)
+}
+
 /// The CPU group of one host's guests: `NAME.partition` in every tree, as libvirt looks for it.
 #[derive(Debug, Clone)]
 pub struct HostGroup {
@@ -154,7 +161,10 @@ impl HostGroup {
         if trees.v1("cpu").is_none() {
             let root = trees.unified()?;
             for at in [root.to_owned(), root.join(&path)] {
-                write(&at.join("cgroup.subtree_control"), "+cpu +memory")?;
+                write(&at.join("cgroup.subtree_control"), "+cpu")?;
+                if let Err(error) = write(&at.join("cgroup.subtree_control"), "+memory") {
+                    tracing::warn!(at = %at.display(), %error, "no memory limits of single guests");
+                }
             }
         }
         Ok(Self { trees: trees.clone(), path, period: PERIOD })
@@ -239,6 +249,11 @@ fn set_quota(trees: &Hierarchies, group: &Path, cores: Option<f64>, period: Dura
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shares_that_were_never_set_are_a_weight_that_was_never_set() {
+        assert_eq!([2, 512, 1024, 2048, 262_144].map(weight), [1, 50, 100, 200, 10_000]);
+    }
 
     #[test]
     fn both_kinds_of_mounts_are_found() {

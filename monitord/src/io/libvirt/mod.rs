@@ -13,6 +13,7 @@ mod sys;
 mod tap;
 
 use crate::hypervisor::{Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Usage, Whereabouts};
+use crate::io::cgroup::{Hierarchies, weight};
 use domain::Places;
 use events::{Session, Sink, lock, ours};
 use link::Link;
@@ -342,6 +343,9 @@ impl Hypervisor for Libvirt {
                 });
             }
         };
+        // libvirt hands the figure on as it is, be it shares or, without a v1 tree, a weight.
+        let v1 = Hierarchies::detect().is_ok_and(|trees| trees.v1.contains_key("cpu"));
+        let shares = if v1 { shares } else { weight(shares) };
         let parameters = [
             (c"cpu_shares", Value::Unsigned(shares)),
             (c"vcpu_period", Value::Unsigned(CPU_PERIOD)),

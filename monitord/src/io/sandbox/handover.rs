@@ -12,7 +12,7 @@ use super::store::{End, Guest, Marker, Place};
 use super::{Inner, Sandbox, refused, spawn};
 use crate::hypervisor::{Change, HypervisorError, MoveStatistics};
 use crate::io::cgroup::clear_empty;
-use crate::io::clock;
+use crate::io::{clock, proc};
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
@@ -88,7 +88,9 @@ impl Sandbox {
         let marker = inner.store.marker(vm, &inner.here())?;
         inner.bring_link(&guest, &marker)?;
         let groups = inner.groups(vm);
-        groups.adopt(&groups.processes()?)?;
+        // In the unified tree a move cut short leaves them in the group of another host, some or all.
+        let all = if groups.moves_running() { groups.processes()? } else { proc::beside(guest.init) };
+        groups.adopt(&all)?;
         groups.thaw()?;
         let running = clock::now();
         inner.tell(vm, Change::Running);
