@@ -18,7 +18,7 @@ use std::time::Duration;
 use violin_common::api::adapt::{AdaptRequest, Migration, Mode, VmListed};
 
 /// Demand below which a VM counts as idle before a run.
-const IDLE: f64 = 0.2;
+const IDLE: f64 = 0.3;
 /// Both environments.
 const ENVIRONMENTS: [&str; 2] = ["alpha", "beta"];
 

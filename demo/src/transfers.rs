@@ -7,9 +7,9 @@ use std::process::Stdio;
 use std::time::Duration;
 
 const PAIRS: [(&str, &str); 2] = [("c1", "c2"), ("c3", "c4")];
-/// Bytes per second of each connection: a block of one segment every 100 ms. Enough to notice a stall, little enough to cost no
+/// Bytes per second of each connection: a block of one segment every 250 ms. Enough to notice a stall, little enough to cost no
 /// rank its core: under translation 50 blocks of 1200 bytes a second took 0.4 of a core of the lab.
-const RATE: &str = "14000";
+const RATE: &str = "4800";
 
 /// What the receiving end of one connection saw.
 #[derive(Debug, Clone, Serialize, Deserialize)]

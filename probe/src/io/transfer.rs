@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 /// After so long without a byte a connection counts as broken.
 pub const STALL_LIMIT: Duration = Duration::from_secs(60);
-/// Blocks per second at the given rate.
+/// Blocks per second, unless the rate is so low that they would not fill a segment.
 const BLOCKS_PER_SECOND: u64 = 10;
+/// Data that fits one segment of any network of ours, the block's header beside it.
+const SEGMENT: usize = 1200;
 
 /// What one end saw.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -56,7 +58,7 @@ fn send_all(sending: &Sending, result: &mut TransferResult) -> io::Result<()> {
     let mut stream = connect(sending)?;
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(STALL_LIMIT))?;
-    let length = usize::try_from(sending.rate / BLOCKS_PER_SECOND).unwrap_or(MAX_DATA).clamp(64, MAX_DATA);
+    let length = usize::try_from(sending.rate / BLOCKS_PER_SECOND).unwrap_or(MAX_DATA).clamp(SEGMENT, MAX_DATA);
     let interval = Duration::from_secs_f64(length as f64 / sending.rate.max(1) as f64);
     let (mut writer, begun) = (Writer::default(), Instant::now());
     let mut due = begun;
