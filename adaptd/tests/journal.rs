@@ -17,6 +17,20 @@ fn environment() -> StoredEnvironment {
     StoredEnvironment { spec, home: "d1".parse().unwrap(), image: None, placement, keys }
 }
 
+fn decided(number: u64) -> RecordV1 {
+    let decision = DecisionSeen {
+        number,
+        at: Instant(1),
+        mode: Mode::Act,
+        policy: "violin".into(),
+        moves: Vec::new(),
+        reason: String::new(),
+        terms: Vec::new(),
+        refusals: Vec::new(),
+    };
+    RecordV1::Decided { decision: Box::new(decision), snapshot: String::new() }
+}
+
 fn migration(number: u64, outcome: Outcome, ended: Option<Instant>) -> Migration {
     Migration {
         number,
@@ -189,19 +203,9 @@ fn a_gang_interrupted_by_a_restart_of_the_machine_rests_no_longer_than_any() {
 fn the_state_does_not_grow_with_every_move_and_decision() {
     let mut state = replayed(&story()[..4]);
     for number in 1..=2500 {
-        let decision = DecisionSeen {
-            number,
-            at: Instant(1),
-            mode: Mode::Act,
-            policy: "violin".into(),
-            moves: Vec::new(),
-            reason: String::new(),
-            terms: Vec::new(),
-            refusals: Vec::new(),
-        };
         let plan = Plan { number, moves: vec![PlannedMove { migration: number, ..plan().moves[0].clone() }], ..plan() };
         for record in [
-            RecordV1::Decided { decision: Box::new(decision), snapshot: String::new() },
+            decided(number),
             RecordV1::PlanBegins { plan: Box::new(plan), migrations: vec![migration(number, Outcome::Running, None)] },
             RecordV1::MoveEnded(Box::new(migration(number, Outcome::Done, Some(Instant(9))))),
         ] {
@@ -232,19 +236,6 @@ fn the_mode_an_operator_set_holds_until_the_configuration_or_the_command_line_sa
 
 #[test]
 fn the_file_forgets_the_oldest_decisions_and_reads_the_same_again() {
-    let decided = |number| RecordV1::Decided {
-        decision: Box::new(DecisionSeen {
-            number,
-            at: Instant(1),
-            mode: Mode::Act,
-            policy: "violin".into(),
-            moves: Vec::new(),
-            reason: String::new(),
-            terms: Vec::new(),
-            refusals: Vec::new(),
-        }),
-        snapshot: String::new(),
-    };
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("journal.redb");
     let many = DECISIONS as u64 + 3;

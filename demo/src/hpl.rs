@@ -115,7 +115,7 @@ pub(crate) fn calibrate(operator: &Operator, guess: u32, target: f64, evidence: 
         if off < nearest.0 {
             nearest = (off, n);
         }
-        if (0.85..1.1).contains(&(result.seconds / target)) {
+        if (0.87..1.07).contains(&(result.seconds / target)) {
             return Ok(n);
         }
         let start = result.seconds - result.own_seconds;

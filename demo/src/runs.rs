@@ -83,7 +83,7 @@ pub(crate) struct Recorded {
 pub(crate) fn play(options: &Options, stage: &Stage, cast: &Cast) -> Result<Recorded> {
     let evidence = options.out.join("evidence");
     stage.ask(&AdaptRequest::SetMode(Mode::Observe))?;
-    let (target, guess) = if options.guests == Guests::Qemu { (49.0, 1100) } else { (10.0, 600) };
+    let (target, guess) = if options.guests == Guests::Qemu { (55.0, 1180) } else { (10.0, 600) };
     // Under what every run carries: among TCG guests it makes HPL a third slower.
     let carried = Transfers::start(&stage.operator, 5000)?;
     let n = hpl::calibrate(&stage.operator, guess, target, &evidence)?;
@@ -118,7 +118,7 @@ impl Schedule {
     /// The second crowd comes when the manager has had time to answer the first with a move inside the domain: among QEMU VMs
     /// it decides some 12 s after HPL's start, for starting the ranks takes them long.
     fn of(calm_seconds: f64, guests: Guests) -> Self {
-        let later = if guests == Guests::Qemu { 0.36 } else { 0.25 };
+        let later = if guests == Guests::Qemu { 0.3 } else { 0.25 };
         Self { first: 0.06 * calm_seconds, later: later * calm_seconds }
     }
 }

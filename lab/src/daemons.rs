@@ -118,6 +118,7 @@ pub(crate) fn configure_host(config: &LabConfig, state: &LabState, host: &HostSt
         period: config.monitor_period,
         images: host.dir.join("images"),
         run: host.dir.join("run"),
+        mark: Some(state.name.to_string()),
         capacity: Capacity {
             cores: wanted.cores,
             scale: config.scale,

@@ -76,14 +76,11 @@ impl Ours {
             };
             of(name.as_str()) && !others.iter().any(|other| of(other))
         };
-        let accesses = access_suffixes(name);
         let mut namespaces = netns::all();
-        namespaces.retain(|netns| {
-            is_ours(netns, "vl-") || netns.starts_with("va-") && accesses.iter().any(|suffix| netns.ends_with(suffix))
-        });
-        let sandboxes = sandbox_group(name);
+        // Those of hosts, and those through which its monitors reach environments.
+        namespaces.retain(|netns| is_ours(netns, "vl-") || is_ours(netns, "va-"));
         let mut groups = cgroup::starting_with("violin-");
-        groups.retain(|group| is_ours(group, "violin-") || sandboxes.as_ref() == Some(group));
+        groups.retain(|group| is_ours(group, "violin-"));
         Self { namespaces, groups }
     }
 
@@ -108,33 +105,6 @@ impl Ours {
     }
 }
 
-/// Ends of the names of a lab's access namespaces, one a host.
-///
-/// A monitor calls them `va-ENVIRONMENT-HOST-MARK`, with a mark that tells it from other monitors on the machine: the low 24
-/// bits of a hash of its `run` folder (`monitord/src/io/access.rs`). They bear no lab's name, since a monitor knows of none.
-fn access_suffixes(name: &LabName) -> Vec<String> {
-    let Ok(entries) = fs::read_dir(state::dir(name.as_str())) else { return Vec::new() };
-    let hosts = entries.flatten().filter(|entry| entry.path().join("run").is_dir());
-    let suffix = |host: fs::DirEntry| {
-        let mark = fnv1a(host.path().join("run").as_os_str().as_encoded_bytes()) & 0xff_ffff;
-        Some(format!("-{}-{mark:06x}", host.file_name().to_str()?))
-    };
-    hosts.filter_map(suffix).collect()
-}
-
-/// Control group above those of a lab's sandbox guests, which move from host to host.
-///
-/// The monitors name it after the folder they share, by the same hash (`monitord/src/io/sandbox/store.rs`).
-fn sandbox_group(name: &LabName) -> Option<String> {
-    let folder = state::dir(name.as_str()).join("sandbox").canonicalize().ok()?;
-    Some(format!("violin-{:08x}", fnv1a(folder.as_os_str().as_encoded_bytes())))
-}
-
-/// Source: FNV-1a, 32 bits (Fowler, Noll and Vo).
-fn fnv1a(bytes: &[u8]) -> u32 {
-    bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
-}
-
 /// Mount points at and below a folder, the innermost first.
 fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     let text = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
@@ -142,15 +112,4 @@ fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     let mut points: Vec<PathBuf> = points.filter(|point| point.starts_with(dir)).collect();
     points.reverse();
     points
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_mark_of_access_namespaces_is_the_monitors() {
-        // Seen: `va-alpha-h1-0f86db`, made by the monitor of h1 in a lab called labx.
-        assert_eq!(fnv1a(b"/run/violin-lab/labx/h1/run") & 0xff_ffff, 0x0f_86db);
-    }
 }

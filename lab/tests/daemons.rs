@@ -21,7 +21,7 @@ fn programs() -> PathBuf {
 
 fn accesses(environment: &str) -> usize {
     let names = std::fs::read_dir(netns::NAMESPACES).unwrap().flatten().filter_map(|entry| entry.file_name().into_string().ok());
-    names.filter(|netns| netns.starts_with(&format!("va-{environment}-"))).count()
+    names.filter(|netns| netns.starts_with("va-") && netns.contains(&format!(".{environment}-"))).count()
 }
 
 /// Control groups of an environment's guests, in all hierarchies.

@@ -55,40 +55,39 @@ pub async fn host(shared: Arc<Shared>, host: HostId) {
         }
     };
     for command in settle(&shared, &host, &list) {
-        if let Command::Stop { vm } = &command
-            && !shared.world().state.ended.contains(vm)
-        {
-            // Stopped and started anew meanwhile.
-            continue;
-        }
-        if let Command::AccessClose { environment } = &command
-            && shared.world().state.environments.contains_key(environment)
-        {
+        // The world has gone on while the commands before it were answered.
+        if !is_wanted(&shared.world(), &command) {
             continue;
         }
         tracing::info!(%host, ?command, "clearing up what an earlier plan left");
-        let answer = ask(&shared, &host, &command, SHORT, |_, _| {}).await;
-        if let (Ok(_), Command::AccessClose { environment }) = (&answer, &command) {
-            let closed = RecordV1::AccessClosed { environment: environment.clone(), host: host.clone() };
-            if let Err(words) = shared.record(&mut shared.world(), closed) {
-                tracing::error!("{words}");
-            }
-        }
-        match (answer, &command) {
-            (Ok(_), Command::Stop { vm }) => {
-                let mut world = shared.world();
-                if world.state.is_owed(vm, &host) {
-                    let stopped = RecordV1::VmStopped { vm: vm.clone(), host: host.clone() };
-                    if let Err(words) = shared.record(&mut world, stopped) {
-                        tracing::error!("{words}");
-                    }
-                }
-            }
-            (Ok(_), _) => {}
-            (Err(error), _) => tracing::warn!(%host, "not cleared up: {error}"),
+        match ask(&shared, &host, &command, SHORT, |_, _| {}).await {
+            Ok(_) => note_done(&shared, &host, &command),
+            Err(error) => tracing::warn!(%host, "not cleared up: {error}"),
         }
     }
     shared.changed();
+}
+
+/// Whether what is to be cleared up has not been started anew.
+fn is_wanted(world: &World, command: &Command) -> bool {
+    match command {
+        Command::Stop { vm } => world.state.ended.contains(vm),
+        Command::AccessClose { environment } => !world.state.environments.contains_key(environment),
+        _ => true,
+    }
+}
+
+/// Takes down in the journal that a host has done what it owed.
+fn note_done(shared: &Shared, host: &HostId, command: &Command) {
+    let mut world = shared.world();
+    let record = match command {
+        Command::Stop { vm } if world.state.is_owed(vm, host) => RecordV1::VmStopped { vm: vm.clone(), host: host.clone() },
+        Command::AccessClose { environment } => RecordV1::AccessClosed { environment: environment.clone(), host: host.clone() },
+        _ => return,
+    };
+    if let Err(words) = shared.record(&mut world, record) {
+        tracing::error!("{words}");
+    }
 }
 
 fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
@@ -122,7 +121,8 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
         let moving = world.state.moving_to(vm).is_some();
         let elsewhere = known.host != *host;
         match seen.state {
-            _ if ending => commands.push(Command::Stop { vm: vm.clone() }),
+            // Whoever ends it stops it.
+            _ if ending => {}
             // The executor asks both ends itself.
             _ if moving => {}
             VmState::Arriving if elsewhere => commands.push(Command::CancelIncoming { vm: vm.clone() }),

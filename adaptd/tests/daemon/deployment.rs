@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Process, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant as Wall};
+use tokio::task::JoinHandle;
 use violin_channel::quic::{self, alpn};
 use violin_channel::tls::{Credentials, Timing};
 use violin_channel::{frame, local};
@@ -157,6 +158,12 @@ impl Deployment {
 
     pub(crate) fn ask_blocking(&self, request: &AdaptRequest) -> Result<AdaptReply, String> {
         local::blocking::ask(&self.socket(), request)
+    }
+
+    /// Asks what may never be answered, since the manager is killed meanwhile.
+    pub(crate) fn spawn_ask(&self, request: AdaptRequest) -> JoinHandle<Result<AdaptReply, String>> {
+        let socket = self.socket();
+        tokio::spawn(async move { local::ask(&socket, &request).await })
     }
 
     /// Asks and skips progress.

@@ -166,9 +166,8 @@ async fn a_manager_killed_between_the_moves_of_a_gang_goes_on_with_it() {
     deployment.ask(AdaptRequest::SetMode(Mode::Observe)).await.unwrap();
     deployment.until("nothing moves", |deployment| deployment.nothing_moves()).await;
     deployment.hold("h1", "migrate");
-    let socket = deployment.socket();
     let request = AdaptRequest::EnvMove { environment: "beta".parse().unwrap(), to: "d2".parse().unwrap() };
-    let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
+    let asking = deployment.spawn_ask(request);
     deployment.until_reached("h1", "migrate").await;
 
     deployment.kill();
@@ -177,6 +176,10 @@ async fn a_manager_killed_between_the_moves_of_a_gang_goes_on_with_it() {
     deployment.until("the gang is there", |deployment| deployment.nothing_moves() && deployment.halves().is_empty()).await;
 
     let _ = asking.await;
+    assert_gang_at_h3(&deployment);
+}
+
+fn assert_gang_at_h3(deployment: &Deployment) {
     for vm in ["beta-c1", "beta-c2", "beta-c3", "beta-c4"] {
         assert_eq!(deployment.running(vm), ["h3"], "{}", deployment.log());
     }
@@ -189,9 +192,8 @@ async fn a_manager_that_ends_between_two_moves_of_a_gang_goes_on_with_it_when_it
         let mut deployment = Deployment::new("observe").await;
         deployment.up("beta", &BETA).await;
         deployment.hold("h1", "migrate");
-        let socket = deployment.socket();
         let request = AdaptRequest::EnvMove { environment: "beta".parse().unwrap(), to: "d2".parse().unwrap() };
-        let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
+        let asking = deployment.spawn_ask(request);
         deployment.until_reached("h1", "migrate").await;
         deployment.hold("h1", "list");
         deployment.release_one("h1", "migrate");
@@ -212,9 +214,7 @@ async fn a_manager_that_ends_between_two_moves_of_a_gang_goes_on_with_it_when_it
         deployment.until("the gang is there", |deployment| deployment.nothing_moves() && deployment.halves().is_empty()).await;
 
         let _ = asking.await;
-        for vm in ["beta-c1", "beta-c2", "beta-c3", "beta-c4"] {
-            assert_eq!(deployment.running(vm), ["h3"], "clean end: {clean}\n{}", deployment.log());
-        }
+        assert_gang_at_h3(&deployment);
     }
 }
 
@@ -223,9 +223,8 @@ async fn a_clean_end_leaves_a_move_to_the_next_manager() {
     let mut deployment = Deployment::new("act").await;
     deployment.up("alpha", &ALPHA).await;
     deployment.hold("h3", "prepare");
-    let socket = deployment.socket();
     let request = AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h3".parse().unwrap() };
-    let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
+    let asking = deployment.spawn_ask(request);
     deployment.until_reached("h3", "prepare").await;
 
     assert!(deployment.terminate(), "{}", deployment.log());
@@ -321,12 +320,11 @@ async fn a_monitor_lost_in_the_middle_of_a_move_is_asked_when_it_is_back() {
 async fn an_environment_half_started_by_a_killed_manager_is_ended() {
     let mut deployment = Deployment::new("act").await;
     deployment.hold("h2", "start");
-    let socket = deployment.socket();
     let text = std::fs::read_to_string(format!("{}/../configs/environments/alpha.toml", env!("CARGO_MANIFEST_DIR"))).unwrap();
     let spec = EnvironmentSpec::parse(&text).unwrap();
     let placement = ALPHA.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
     let request = AdaptRequest::EnvUp { spec, placement, image: None };
-    let asking = tokio::spawn(async move { violin_channel::local::ask::<_, AdaptReply>(&socket, &request).await });
+    let asking = deployment.spawn_ask(request);
     deployment.until_reached("h2", "start").await;
     // Meanwhile the policy is off, and says so.
     deployment

@@ -1,7 +1,7 @@
 //! `monitord.toml`.
 
 use super::{ConfigError, Span, Tls, from_toml};
-use crate::{DomainId, HostId};
+use crate::{DomainId, EnvironmentId, HostId};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -32,6 +32,9 @@ pub struct MonitorConfig {
     /// Files made while running: consoles, sockets, guest state.
     #[serde(default = "default_run")]
     pub run: PathBuf,
+    /// What the namespaces and control groups made here bear in their names, for whoever cleans up by names; the same for all
+    /// monitors that share sandbox guests. None: one taken from the folders' paths, which tells monitors on one machine apart.
+    pub mark: Option<String>,
     /// What guests may use.
     pub capacity: Capacity,
     /// How guests are run.
@@ -140,6 +143,10 @@ impl MonitorConfig {
                 return Err(ConfigError::value(key, value, "more than 0, at most 4096"));
             }
         }
+        if let Some(Err(_)) = config.mark.as_ref().map(|mark| mark.parse::<EnvironmentId>()) {
+            let wanted = "the letters of an environment's name: a-z, 0-9 and -, a letter first";
+            return Err(ConfigError::value("mark", config.mark.unwrap_or_default(), wanted));
+        }
         if config.capacity.memory_mib == 0 {
             return Err(ConfigError::value("capacity.memory-mib", config.capacity.memory_mib, "at least 1"));
         }
@@ -160,6 +167,7 @@ mod tests {
             ("192.0.2.11:7473", "0.0.0.0:7473", "key `listen`: got 0.0.0.0:7473, want an address of this host"),
             ("192.0.2.11:7473", "[::]:7473", "key `listen`: got [::]:7473, want an address of this host"),
             ("cores = 4.0", "cores = 0.0", "key `capacity.cores`: got 0, want more than 0, at most 4096"),
+            ("# mark = \"lab1\"", "mark = \"a.b\"", "key `mark`: got a.b, want the letters of an environment's name"),
             ("# period = \"1s\"", "period = \"1ms\"", "key `period`: got 1ms, want 100ms to 60s"),
         ];
         for (from, to, want) in bad {

@@ -166,7 +166,7 @@ pub(crate) fn echoes(from: &HostState, to: &HostState, count: u32, gap: Duration
 /// Everything on this machine that bears the lab's name.
 pub(crate) fn remains(name: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
-    let marks = [format!("vl-{name}-"), format!("va-{name}-"), format!("violin-{name}-"), format!("violin-{name}.")];
+    let marks = [format!("vl-{name}-"), format!("va-{name}."), format!("violin-{name}-"), format!("violin-{name}.")];
     // Control groups lie in the one hierarchy of v2 itself or in those of v1 below it.
     let mut dirs = ["/run/netns", "/run/violin-lab", "/sys/fs/cgroup"].map(PathBuf::from).to_vec();
     dirs.extend(fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path()));

@@ -28,7 +28,7 @@ struct Access {
 pub(crate) struct Accesses {
     file: PathBuf,
     /// Tells this monitor's namespaces from those of other monitors on the machine.
-    key: u32,
+    mark: String,
     host: HostId,
     switch: Switch,
     open: Mutex<BTreeMap<EnvironmentId, Access>>,
@@ -53,7 +53,7 @@ fn ip(arguments: &[&str]) -> io::Result<()> {
 }
 
 impl Accesses {
-    pub(crate) fn open(run: &Path, host: &HostId, switch: Switch) -> io::Result<Self> {
+    pub(crate) fn open(run: &Path, host: &HostId, mark: Option<&str>, switch: Switch) -> io::Result<Self> {
         fs::create_dir_all(run)?;
         let file = run.join("access.json");
         let open = match fs::read(&file) {
@@ -61,13 +61,16 @@ impl Accesses {
             Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
             Err(error) => return Err(error),
         };
-        let key = super::sandbox::short_hash(run.canonicalize()?.as_os_str().as_encoded_bytes());
-        Ok(Self { file, key, host: host.clone(), switch, open: Mutex::new(open) })
+        let folder = run.canonicalize()?;
+        let from_folder = || format!("{:06x}", super::sandbox::short_hash(folder.as_os_str().as_encoded_bytes()) & 0xff_ffff);
+        let mark = mark.map_or_else(from_folder, str::to_owned);
+        Ok(Self { file, mark, host: host.clone(), switch, open: Mutex::new(open) })
     }
 
-    /// Name of the namespace: environment, host and a mark of this monitor.
+    /// Name of the namespace: mark of this monitor, environment and host. No mark holds a dot: that of a lab `a` begins no name
+    /// of a lab `a-b`.
     fn name(&self, environment: &EnvironmentId) -> String {
-        format!("va-{environment}-{}-{:06x}", self.host, self.key & 0xff_ffff)
+        format!("va-{}.{environment}-{}", self.mark, self.host)
     }
 
     fn netns(&self, environment: &EnvironmentId) -> String {

@@ -26,6 +26,7 @@ fn driver(config: &MonitorConfig, trees: &Hierarchies, group: Option<&HostGroup>
                 host: config.host.clone(),
                 netns: proc::own_netns_path().into(),
                 shared: shared.clone(),
+                mark: config.mark.clone(),
                 pause: pause.0,
                 guest_program: guest_program.clone(),
                 partition: group.map(|group| group.path().to_owned()),

@@ -220,6 +220,7 @@ pub fn config(tag: &str, dir: &Path, host: &str) -> SandboxConfig {
         host: host.parse().unwrap(),
         netns: PathBuf::from(format!("/run/netns/{tag}-{host}")),
         shared: dir.join("shared"),
+        mark: None,
         pause: Duration::ZERO,
         guest_program: dir.join("guest.sh"),
         partition: Some(PathBuf::from(format!("{tag}{host}.partition"))),
@@ -243,7 +244,7 @@ impl Drop for World {
         // Access namespaces that a failed test did not close.
         for entry in std::fs::read_dir("/run/netns").into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with(&format!("va-{}-", self.tag)) {
+            if name.starts_with("va-") && name.contains(&format!(".{}-", self.tag)) {
                 let _ = Command::new("ip").args(["netns", "delete", &name]).status();
             }
         }

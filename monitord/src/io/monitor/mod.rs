@@ -109,7 +109,7 @@ impl Monitor {
             images,
             group,
             records: Records::open(&config.run)?,
-            accesses: Accesses::open(&config.run, &config.host, switch.clone())?,
+            accesses: Accesses::open(&config.run, &config.host, config.mark.as_deref(), switch.clone())?,
             reports: broadcast::channel(1024).0,
             vms: Mutex::default(),
             changed: Condvar::new(),

@@ -36,6 +36,8 @@ pub struct SandboxConfig {
     pub netns: PathBuf,
     /// Directory shared by the monitors of one machine.
     pub shared: PathBuf,
+    /// Part of the name of the control group above all its guests'; none: one taken from the directory's path.
+    pub mark: Option<String>,
     /// Extra pause while a guest moves.
     pub pause: Duration,
     /// Program run as a guest's first process.
@@ -119,7 +121,7 @@ impl Inner {
     }
 
     fn groups_below(&self, vm: &VmId, partition: Option<&std::path::Path>) -> GuestGroup {
-        let own = PathBuf::from(self.store.key()).join(vm.as_str());
+        let own = PathBuf::from(self.store.group(self.config.mark.as_deref())).join(vm.as_str());
         GuestGroup::new(&self.config.trees, partition, vm.as_str(), &own)
     }
 

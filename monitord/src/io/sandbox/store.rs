@@ -106,9 +106,10 @@ impl Store {
         Ok(store)
     }
 
-    /// Tells this directory from any other on the machine: names groups that all hosts of one deployment share.
-    pub(crate) fn key(&self) -> String {
-        format!("violin-{:08x}", fnv(self.root.as_os_str().as_encoded_bytes()))
+    /// Name of the control group above those of the guests, which all hosts of one deployment share.
+    pub(crate) fn group(&self, mark: Option<&str>) -> String {
+        let from_folder = || format!("{:08x}", fnv(self.root.as_os_str().as_encoded_bytes()));
+        format!("violin-{}.sandbox", mark.map_or_else(from_folder, str::to_owned))
     }
 
     pub(crate) fn dir(&self, vm: &VmId) -> PathBuf {
