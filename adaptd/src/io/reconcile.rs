@@ -3,7 +3,7 @@
 use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
 use crate::io::{clock, environments};
-use crate::records::{KnownVm, Life, RecordV1, State};
+use crate::records::{KnownEnvironment, KnownVm, Life, RecordV1, State};
 use std::sync::Arc;
 use std::time::Duration;
 use violin_common::control::monitor::{Answer, Command, VmSeen, VmState};
@@ -117,7 +117,7 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
             }
             continue;
         };
-        let ending = world.state.environments.get(&known.environment).is_some_and(|env| env.life == Life::Ending);
+        let ending = world.state.is_ending(&known.environment);
         let moving = world.state.moving_to(vm).is_some();
         let elsewhere = known.host != *host;
         match seen.state {
@@ -173,9 +173,10 @@ pub async fn leftovers(shared: Arc<Shared>) {
     let left: Vec<_> = {
         let world = shared.world();
         let left = world.state.environments.iter().filter(|(_, env)| env.life != Life::Up);
-        left.map(|(name, env)| (name.clone(), env.stored.placement.values().cloned().collect::<Vec<_>>())).collect()
+        let hosts = |env: &KnownEnvironment| env.stored.placement.values().cloned().collect::<Vec<_>>();
+        left.map(|(name, env)| (name.clone(), env.stored.keys.public.clone(), hosts(env))).collect()
     };
-    for (environment, hosts) in left {
+    for (environment, begun, hosts) in left {
         tracing::info!(%environment, "was half started or half ended when the last manager stopped: ending it");
         let mut changes = shared.changes.subscribe();
         let all_there = async {
@@ -188,8 +189,8 @@ pub async fn leftovers(shared: Arc<Shared>) {
         };
         let _ = tokio::time::timeout(SHORT, all_there).await;
         // As long as it is there the policy does nothing at all: it must go, however long that takes.
-        while let Err(words) = environments::down(&shared, &environment, &environments::Words::default()).await {
-            if !shared.world().state.environments.contains_key(&environment) {
+        while let Err(words) = environments::end(&shared, &environment, &begun, &environments::Words::default()).await {
+            if !shared.world().state.is_begun(&environment, &begun) {
                 break;
             }
             tracing::warn!(%environment, "not ended, trying again: {words}");

@@ -45,6 +45,8 @@ pub struct World {
     pub seen: BTreeMap<VmId, (HostId, VmState)>,
     /// VMs that run on a second host too, and which that is.
     pub twice: BTreeMap<VmId, HostId>,
+    /// Environments that a call is ending.
+    pub being_ended: BTreeSet<EnvironmentId>,
     /// What the last cycle refused.
     pub refusals: Vec<Refusal>,
     /// What was last written of that.
@@ -81,6 +83,7 @@ impl Shared {
             hosts: BTreeMap::new(),
             seen: BTreeMap::new(),
             twice: BTreeMap::new(),
+            being_ended: BTreeSet::new(),
             refusals: Vec::new(),
             refusals_written: (BTreeSet::new(), Instant(0)),
         };

@@ -267,6 +267,21 @@ impl State {
         }
     }
 
+    /// Whether an environment is there that was begun with this public key. Each has its own: not a later one of the same name.
+    pub fn is_begun(&self, name: &EnvironmentId, public: &str) -> bool {
+        self.environments.get(name).is_some_and(|known| known.stored.keys.public == public)
+    }
+
+    /// Whether that one is still being started.
+    pub fn is_starting(&self, name: &EnvironmentId, public: &str) -> bool {
+        self.is_begun(name, public) && self.environments.get(name).is_some_and(|known| known.life == Life::Starting)
+    }
+
+    /// Whether the environment of this name is being ended.
+    pub fn is_ending(&self, name: &EnvironmentId) -> bool {
+        self.environments.get(name).is_some_and(|known| known.life == Life::Ending)
+    }
+
     /// Epoch with which a VM is to be started next.
     pub fn next_epoch(&self, spec: &VmSpec) -> Epoch {
         match self.incarnations.get(&(spec.network.vni, spec.mac)) {

@@ -66,6 +66,30 @@ async fn an_environment_that_cannot_start_whole_does_not_start() {
     assert_eq!(deployment.ask_blocking(&AdaptRequest::EnvList), Ok(AdaptReply::Environments(Vec::new())));
 }
 
+/// The first `env up` waits for a guest that does not boot; nobody hears it any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_env_up_that_was_given_up_does_not_end_a_later_environment_of_its_name() {
+    let deployment = Deployment::new("act").await;
+    let here = |deployment: &Deployment| ALPHA.iter().all(|(node, host)| deployment.running(&format!("alpha-{node}")) == [*host]);
+    deployment.table.lock().unwrap().blind.insert("h2".parse().unwrap());
+    let text = std::fs::read_to_string(format!("{}/../configs/environments/alpha.toml", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let spec = EnvironmentSpec::parse(&text).unwrap();
+    let placement = ALPHA.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
+    // Hangs up after the first line, as an interrupted `violin env up` does.
+    deployment.spawn_ask(AdaptRequest::EnvUp { spec, placement, image: None }).await.unwrap().unwrap();
+    deployment.until("all are started", here).await;
+
+    deployment.ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() }).await.unwrap();
+    deployment.table.lock().unwrap().blind.clear();
+    deployment.up("alpha", &ALPHA).await;
+
+    deployment.until("the first one has ended", |deployment| deployment.log().contains("was ended by another command")).await;
+    let AdaptReply::Environments(list) = deployment.ask_blocking(&AdaptRequest::EnvList).unwrap() else { panic!() };
+    assert_eq!(list.len(), 1);
+    assert!(here(&deployment), "{}", deployment.log());
+    assert!(!deployment.log().contains("ending what was started"), "{}", deployment.log());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crowded_host_sheds_one_vm_and_a_full_domain_an_environment() {
     let deployment = crowded("act").await;
