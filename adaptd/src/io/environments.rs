@@ -229,13 +229,9 @@ async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) ->
         let world = shared.world();
         let Some(known) = world.state.environments.get(name) else { return Ok(()) };
         let vni = known.stored.spec.network.vni;
-        let vms: Vec<_> = world
-            .state
-            .vms
-            .iter()
-            .filter(|(_, known)| known.environment == *name)
-            .map(|(vm, known)| (vm.clone(), known.host.clone()))
-            .collect();
+        // On every host where it may run: of a move whose end nobody could tell that is both.
+        let owed = world.state.vms_of(name).filter_map(|vm| Some((vm, world.state.to_stop.get(vm)?)));
+        let vms: Vec<_> = owed.flat_map(|(vm, hosts)| hosts.iter().map(move |host| (vm.clone(), host.clone()))).collect();
         let doors = world.state.doors.keys().filter(|(environment, _)| environment == name).map(|(_, host)| host.clone());
         (vms, doors.collect::<Vec<_>>(), vni, world.connected())
     };
@@ -250,7 +246,7 @@ async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) ->
         }
     }
     let mut stopping = JoinSet::new();
-    for (vm, host) in vms.clone() {
+    for (vm, host) in vms {
         let shared = Arc::clone(shared);
         stopping.spawn(async move {
             let answer = ask(&shared, &host, &Command::Stop { vm: vm.clone() }, SHORT, |_, _| {}).await;
@@ -275,8 +271,9 @@ async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) ->
         words.say(format!("{failed}; it is stopped as soon as its monitor is back, and none of its name starts before that"));
     }
     let mut world = shared.world();
+    let vms: Vec<VmId> = world.state.vms_of(name).cloned().collect();
     shared.record(&mut world, RecordV1::EnvironmentGone(name.clone()))?;
-    for (vm, _) in vms {
+    for vm in vms {
         world.seen.remove(&vm);
         world.observer.forget(&vm);
     }
