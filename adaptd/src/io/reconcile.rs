@@ -38,34 +38,54 @@ fn owed<'a>(world: &'a World, host: &'a HostId) -> impl Iterator<Item = &'a VmId
 /// Whether a host may be compared with the journal again; remembers that it is.
 pub fn is_due(world: &mut World, host: &HostId, now: Instant) -> bool {
     let Some(known) = world.hosts.get_mut(host) else { return false };
-    let due = now.since(known.compared) >= AGAIN;
+    let due = now.since(known.compared) >= AGAIN && !world.comparing.contains_key(host);
     if due {
         known.compared = now;
     }
     due
 }
 
-/// Lists a host's VMs and settles what differs from the journal.
+/// Lists a host's VMs and settles what differs from the journal. Once at a time for each host: while it waits for a monitor
+/// that does not answer, whoever wants the same, as after a new HELLO, has it done once more afterwards.
 pub async fn host(shared: Arc<Shared>, host: HostId) {
-    let list = match ask(&shared, &host, &Command::List, SHORT, |_, _| {}).await {
+    {
+        let mut world = shared.world();
+        if let Some(again) = world.comparing.get_mut(&host) {
+            *again = true;
+            return;
+        }
+        world.comparing.insert(host.clone(), false);
+    }
+    loop {
+        compare(&shared, &host).await;
+        let mut world = shared.world();
+        if world.comparing.insert(host.clone(), false) != Some(true) {
+            world.comparing.remove(&host);
+            break;
+        }
+    }
+    shared.changed();
+}
+
+async fn compare(shared: &Shared, host: &HostId) {
+    let list = match ask(shared, host, &Command::List, SHORT, |_, _| {}).await {
         Ok(Answer::Vms(list)) => list,
         other => {
             tracing::warn!(%host, "could not list its VMs: {other:?}");
             return;
         }
     };
-    for command in settle(&shared, &host, &list) {
+    for command in settle(shared, host, &list) {
         // The world has gone on while the commands before it were answered.
         if !is_wanted(&shared.world(), &command) {
             continue;
         }
         tracing::info!(%host, ?command, "clearing up what an earlier plan left");
-        match ask(&shared, &host, &command, SHORT, |_, _| {}).await {
-            Ok(_) => note_done(&shared, &host, &command),
+        match ask(shared, host, &command, SHORT, |_, _| {}).await {
+            Ok(_) => note_done(shared, host, &command),
             Err(error) => tracing::warn!(%host, "not cleared up: {error}"),
         }
     }
-    shared.changed();
 }
 
 /// Whether what is to be cleared up has not been started anew.

@@ -45,6 +45,8 @@ pub struct World {
     pub seen: BTreeMap<VmId, (HostId, VmState)>,
     /// VMs that run on a second host too, and which that is.
     pub twice: BTreeMap<VmId, HostId>,
+    /// Hosts that are being compared with the journal, and whether they are to be once more afterwards.
+    pub comparing: BTreeMap<HostId, bool>,
     /// Environments that a call is ending.
     pub being_ended: BTreeSet<EnvironmentId>,
     /// What the last cycle refused.
@@ -83,6 +85,7 @@ impl Shared {
             hosts: BTreeMap::new(),
             seen: BTreeMap::new(),
             twice: BTreeMap::new(),
+            comparing: BTreeMap::new(),
             being_ended: BTreeSet::new(),
             refusals: Vec::new(),
             refusals_written: (BTreeSet::new(), Instant(0)),
