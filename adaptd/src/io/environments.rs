@@ -95,7 +95,17 @@ fn admit(
     spec: &EnvironmentSpec,
     placement: &BTreeMap<String, HostId>,
 ) -> Result<crate::place::Placed, String> {
-    for node in spec.nodes().map_err(|error| error.to_string())? {
+    let nodes = spec.nodes().map_err(|error| error.to_string())?;
+    let meets = |command: &Command| match command {
+        Command::Stop { vm } | Command::CancelIncoming { vm } => nodes.iter().any(|node| node.vm == *vm),
+        Command::AccessClose { environment } => *environment == spec.name,
+        Command::NetworkRemove { vni } => *vni == spec.network.vni,
+        _ => false,
+    };
+    if let Some((host, _)) = world.clearing.iter().find(|(_, command)| meets(command)) {
+        return Err(format!("{host} is just clearing up what an ended environment has left there; try again in a moment"));
+    }
+    for node in nodes {
         let Some(host) = world.state.to_stop.get(&node.vm).and_then(|hosts| hosts.first()) else { continue };
         let what = match world.connection(host) {
             Some(_) => format!("on {host}, which has not stopped it yet; try again in a moment"),

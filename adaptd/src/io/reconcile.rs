@@ -76,22 +76,30 @@ async fn compare(shared: &Shared, host: &HostId) {
         }
     };
     for command in settle(shared, host, &list) {
-        // The world has gone on while the commands before it were answered.
-        if !is_wanted(&shared.world(), &command) {
-            continue;
+        {
+            let mut world = shared.world();
+            // It has gone on while the commands before this one were answered.
+            if !is_wanted(&world, host, &command) {
+                continue;
+            }
+            world.clearing.insert(host.clone(), command.clone());
         }
         tracing::info!(%host, ?command, "clearing up what an earlier plan left");
         match ask(shared, host, &command, SHORT, |_, _| {}).await {
             Ok(_) => note_done(shared, host, &command),
             Err(error) => tracing::warn!(%host, "not cleared up: {error}"),
         }
+        shared.world().clearing.remove(host);
     }
 }
 
 /// Whether what is to be cleared up has not been started anew.
-fn is_wanted(world: &World, command: &Command) -> bool {
+fn is_wanted(world: &World, host: &HostId, command: &Command) -> bool {
     match command {
         Command::Stop { vm } => world.state.ended.contains(vm),
+        Command::CancelIncoming { vm } => {
+            world.state.moving_to(vm).is_none() && world.state.vms.get(vm).is_none_or(|known| known.host != *host)
+        }
         Command::AccessClose { environment } => !world.state.environments.contains_key(environment),
         _ => true,
     }
@@ -141,8 +149,9 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
         let moving = world.state.moving_to(vm).is_some();
         let elsewhere = known.host != *host;
         match seen.state {
-            // Whoever ends it stops it.
-            _ if ending => {}
+            // Whoever ends it stops it where it may run, but not what a late command has left elsewhere.
+            _ if ending && world.state.is_owed(vm, host) => {}
+            _ if ending => commands.push(Command::Stop { vm: vm.clone() }),
             // The executor asks both ends itself.
             _ if moving => {}
             VmState::Arriving if elsewhere => commands.push(Command::CancelIncoming { vm: vm.clone() }),
