@@ -331,7 +331,8 @@ async fn monitor(host: HostId, domain: String, cores: f64, tls: Tls, manager: So
 
 fn observe(host: &HostId, table: &Mutex<Table>) -> Observation {
     let table = table.lock().unwrap();
-    let seen = table.vms[host].iter().filter(|_| !table.blind.contains(host));
+    // As a real monitor does it: what arrives is listed, not observed.
+    let seen = table.vms[host].iter().filter(|(_, (state, _))| *state != VmState::Arriving && !table.blind.contains(host));
     let vms = seen.map(|(vm, (state, _))| {
         let demand = table.demand.get(vm).copied().unwrap_or(0.02);
         VmSample { vm: vm.clone(), state: *state, run: demand, wait: 0.0, demand, memory_mib: 256, net_in: 0.0, net_out: 0.0 }

@@ -312,6 +312,40 @@ async fn a_failed_migration_leaves_the_vm_where_it_was_and_nothing_at_the_destin
     assert!(deployment.halves().is_empty());
 }
 
+/// The destination is away, or says nothing, when the move is given up.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_arrival_prepared_in_vain_is_cancelled_when_its_host_can_be_asked_again() {
+    for away in [true, false] {
+        let mut deployment = Deployment::new("act").await;
+        deployment.up("alpha", &ALPHA).await;
+        deployment.hold("h1", "migrate");
+        deployment.fail("h1", "migrate", "alpha-c1");
+        let request = AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h3".parse().unwrap() };
+        let asking = deployment.spawn_ask(request);
+        deployment.until_reached("h1", "migrate").await;
+
+        if away {
+            deployment.kill_monitor("h3");
+            deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+        } else {
+            deployment.hold("h3", "list");
+        }
+        deployment.release_one("h1", "migrate");
+        deployment
+            .until("the move has ended", |deployment| !deployment.migrations().is_empty() && deployment.nothing_moves())
+            .await;
+        assert_eq!(deployment.halves(), ["alpha-c1 on h3: Arriving, leaving: false"], "{}", deployment.log());
+        if away {
+            deployment.start_monitor("h3");
+        }
+        deployment.release();
+
+        deployment.until("it is cancelled", |deployment| deployment.halves().is_empty()).await;
+        let _ = asking.await;
+        assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_monitor_lost_in_the_middle_of_a_move_is_asked_when_it_is_back() {
     let mut deployment = Deployment::new("act").await;
