@@ -235,7 +235,7 @@ pub async fn end(shared: &Arc<Shared>, name: &EnvironmentId, begun: &str, words:
 }
 
 async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> Result<(), String> {
-    let (vms, doors, vni, hosts) = {
+    let (vms, doors, vni) = {
         let world = shared.world();
         let Some(known) = world.state.environments.get(name) else { return Ok(()) };
         let vni = known.stored.spec.network.vni;
@@ -243,7 +243,7 @@ async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) ->
         let owed = world.state.vms_of(name).filter_map(|vm| Some((vm, world.state.to_stop.get(vm)?)));
         let vms: Vec<_> = owed.flat_map(|(vm, hosts)| hosts.iter().map(move |host| (vm.clone(), host.clone()))).collect();
         let doors = world.state.doors.keys().filter(|(environment, _)| environment == name).map(|(_, host)| host.clone());
-        (vms, doors.collect::<Vec<_>>(), vni, world.connected())
+        (vms, doors.collect::<Vec<_>>(), vni)
     };
     for host in doors {
         let close = Command::AccessClose { environment: name.clone() };
@@ -272,6 +272,8 @@ async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) ->
             Err(error) => left.push(error.to_string()),
         }
     }
+    // Also of those that came meanwhile and were told to stop something.
+    let hosts = shared.world().connected();
     for host in hosts {
         if let Err(error) = ask(shared, &host, &Command::NetworkRemove { vni }, SHORT, |_, _| {}).await {
             words.say(format!("network {vni} was not removed from {host}: {error}"));

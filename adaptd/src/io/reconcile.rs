@@ -4,10 +4,11 @@ use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
 use crate::io::{clock, environments};
 use crate::records::{KnownEnvironment, KnownVm, Life, RecordV1, State};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use violin_common::control::monitor::{Answer, Command, VmSeen, VmState};
-use violin_common::{HostId, Instant, VmId};
+use violin_common::{HostId, Instant, VmId, Vni};
 
 const SHORT: Duration = Duration::from_secs(60);
 /// Least time between two comparisons because of a stray VM: a late observation is none.
@@ -16,7 +17,7 @@ const AGAIN: Duration = Duration::from_secs(3);
 /// Whether a VM should not be where it was seen: what a command that outlived its manager has left.
 pub fn is_stray(world: &World, host: &HostId, vm: &VmId, state: VmState) -> bool {
     match world.state.vms.get(vm) {
-        None => world.state.ended.contains(vm),
+        None => world.state.ended.contains_key(vm),
         Some(known) => {
             known.host != *host && matches!(state, VmState::Arriving | VmState::Running) && world.state.moving_to(vm).is_none()
         }
@@ -96,11 +97,18 @@ async fn compare(shared: &Shared, host: &HostId) {
 /// Whether what is to be cleared up has not been started anew.
 fn is_wanted(world: &World, host: &HostId, command: &Command) -> bool {
     match command {
-        Command::Stop { vm } => world.state.ended.contains(vm),
+        Command::Stop { vm } => world.state.ended.contains_key(vm),
         Command::CancelIncoming { vm } => {
             world.state.moving_to(vm).is_none() && world.state.vms.get(vm).is_none_or(|known| known.host != *host)
         }
         Command::AccessClose { environment } => !world.state.environments.contains_key(environment),
+        // After the last of what was in it there.
+        Command::NetworkRemove { vni } => {
+            let State { environments, doors, ended, .. } = &world.state;
+            let used = environments.values().any(|known| known.stored.spec.network.vni == *vni);
+            let door = doors.iter().any(|((_, at), leads)| at == host && leads == vni);
+            !used && !door && owed(world, host).all(|vm| ended.get(vm) != Some(vni))
+        }
         _ => true,
     }
 }
@@ -122,15 +130,14 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
     let mut world = shared.world();
     let now = clock::now();
     // Also those not listed: one may be about to start.
-    let mut commands: Vec<_> = owed(&world, host).map(|vm| Command::Stop { vm: vm.clone() }).collect();
-    let doors = world
-        .state
-        .doors
-        .iter()
-        .filter(|((environment, at), _)| at == host && !world.state.environments.contains_key(environment));
-    commands.extend(doors.clone().map(|((environment, _), _)| Command::AccessClose { environment: environment.clone() }));
-    let used = |vni| world.state.environments.values().any(|known| known.stored.spec.network.vni == vni);
-    commands.extend(doors.filter(|(_, vni)| !used(**vni)).map(|(_, vni)| Command::NetworkRemove { vni: *vni }));
+    let owing: Vec<VmId> = owed(&world, host).cloned().collect();
+    let State { doors, environments, ended, .. } = &world.state;
+    let doors: Vec<_> =
+        doors.iter().filter(|((environment, at), _)| at == host && !environments.contains_key(environment)).collect();
+    let mut networks: BTreeSet<Vni> = owing.iter().filter_map(|vm| ended.get(vm)).copied().collect();
+    networks.extend(doors.iter().map(|(_, vni)| **vni));
+    let closes = doors.into_iter().map(|((environment, _), _)| Command::AccessClose { environment: environment.clone() });
+    let mut commands: Vec<_> = owing.iter().map(|vm| Command::Stop { vm: vm.clone() }).chain(closes).collect();
     world.twice.retain(|_, second| second != host);
     for seen in list {
         let vm = &seen.vm;
@@ -138,7 +145,8 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
             continue;
         }
         let Some(known) = world.state.vms.get(vm) else {
-            if world.state.ended.contains(vm) {
+            if let Some(vni) = world.state.ended.get(vm) {
+                networks.insert(*vni);
                 commands.push(Command::Stop { vm: vm.clone() });
             } else {
                 tracing::warn!(%host, %vm, "runs there, but this journal knows no such VM; left alone");
@@ -186,6 +194,7 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
     for vm in gone {
         world.seen.insert(vm, (host.clone(), VmState::Stopped));
     }
+    commands.extend(networks.into_iter().map(|vni| Command::NetworkRemove { vni }));
     commands
 }
 

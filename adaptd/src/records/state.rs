@@ -81,8 +81,8 @@ pub struct State {
     pub environments: BTreeMap<EnvironmentId, KnownEnvironment>,
     /// VMs of them.
     pub vms: BTreeMap<VmId, KnownVm>,
-    /// VMs that must not run any more, wherever they turn up.
-    pub ended: BTreeSet<VmId>,
+    /// VMs that must not run any more, wherever they turn up, and the networks they were in.
+    pub ended: BTreeMap<VmId, Vni>,
     /// Those of them that may still run, and the hosts whose monitors have not said yet that they are stopped there.
     pub to_stop: BTreeMap<VmId, BTreeSet<HostId>>,
     /// Access namespaces that may be there, also of environments that are gone, and the networks they lead into.
@@ -139,9 +139,10 @@ impl State {
                     let all = [Some(&known.host), known.doubt.as_ref(), self.moving_to(vm)];
                     all.into_iter().flatten().cloned().collect()
                 };
-                let ended: Vec<(VmId, Vec<HostId>)> = ended.map(|(vm, known)| (vm.clone(), hosts(vm, known))).collect();
-                for (vm, hosts) in ended {
-                    self.ended.insert(vm.clone());
+                let ended = ended.map(|(vm, known)| (vm.clone(), known.spec.network.vni, hosts(vm, known)));
+                let ended: Vec<(VmId, Vni, Vec<HostId>)> = ended.collect();
+                for (vm, vni, hosts) in ended {
+                    self.ended.insert(vm.clone(), vni);
                     self.to_stop.entry(vm).or_default().extend(hosts);
                 }
             }

@@ -37,7 +37,7 @@ pub(crate) struct Table {
     pub(crate) reached: BTreeSet<(String, String)>,
     /// Commands that fail: (host, kind, VM).
     pub(crate) failing: BTreeSet<(String, String, String)>,
-    /// Every command seen, as `HOST KIND VM`.
+    /// Every command seen, as `HOST KIND VM`, `HOST close ENVIRONMENT` or `HOST remove network VNI`.
     pub(crate) log: Vec<String>,
 }
 
@@ -356,6 +356,9 @@ async fn obey(host: &HostId, command: Command, table: &Mutex<Table>) -> Answer {
     let vm = vm.cloned();
     if let Command::AccessClose { environment } = &command {
         table.lock().unwrap().log.push(format!("{host} close {environment}"));
+    }
+    if let Command::NetworkRemove { vni } = &command {
+        table.lock().unwrap().log.push(format!("{host} remove network {vni}"));
     }
     if let Some(vm) = &vm {
         let mut table = table.lock().unwrap();

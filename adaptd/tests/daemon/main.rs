@@ -428,6 +428,8 @@ async fn a_vm_that_could_not_be_stopped_is_not_started_a_second_time() {
     deployment.start_monitor("h3");
     deployment.until("it is stopped", |deployment| deployment.log().contains("clearing up")).await;
     deployment.until("it is gone", |deployment| deployment.running("alpha-c1").is_empty()).await;
+    let removed = |told: &String| told.starts_with("h3 remove network");
+    deployment.until("so is its network", |deployment| deployment.table.lock().unwrap().log.iter().any(removed)).await;
     let mut answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
     while answer.as_ref().is_err_and(|words| words.contains("try again in a moment")) {
         answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
