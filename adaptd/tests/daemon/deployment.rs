@@ -37,7 +37,9 @@ pub(crate) struct Table {
     pub(crate) reached: BTreeSet<(String, String)>,
     /// Commands that fail: (host, kind, VM).
     pub(crate) failing: BTreeSet<(String, String, String)>,
-    /// Every command seen, as `HOST KIND VM`, `HOST close ENVIRONMENT` or `HOST remove network VNI`.
+    /// Observations told, by host.
+    pub(crate) observed: BTreeMap<HostId, u32>,
+    /// Every command seen, as `HOST KIND VM`, `HOST list`, `HOST close ENVIRONMENT` or `HOST remove network VNI`.
     pub(crate) log: Vec<String>,
 }
 
@@ -330,7 +332,8 @@ async fn monitor(host: HostId, domain: String, cores: f64, tls: Tls, manager: So
 }
 
 fn observe(host: &HostId, table: &Mutex<Table>) -> Observation {
-    let table = table.lock().unwrap();
+    let mut table = table.lock().unwrap();
+    *table.observed.entry(host.clone()).or_default() += 1;
     // As a real monitor does it: what arrives is listed, not observed.
     let seen = table.vms[host].iter().filter(|(_, (state, _))| *state != VmState::Arriving && !table.blind.contains(host));
     let vms = seen.map(|(vm, (state, _))| {
@@ -356,6 +359,9 @@ async fn obey(host: &HostId, command: Command, table: &Mutex<Table>) -> Answer {
     let vm = vm.cloned();
     if let Command::AccessClose { environment } = &command {
         table.lock().unwrap().log.push(format!("{host} close {environment}"));
+    }
+    if command == Command::List {
+        table.lock().unwrap().log.push(format!("{host} list"));
     }
     if let Command::NetworkRemove { vni } = &command {
         table.lock().unwrap().log.push(format!("{host} remove network {vni}"));

@@ -510,6 +510,27 @@ async fn a_vm_that_runs_twice_is_told_and_stays_on_record_where_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_monitor_that_does_not_answer_is_not_asked_for_the_same_again_and_again() {
+    let deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    let h3: violin_common::HostId = "h3".parse().unwrap();
+    deployment.hold("h3", "list");
+    let stray = (VmState::Running, false);
+    deployment.table.lock().unwrap().vms.get_mut(&h3).unwrap().insert("alpha-c1".parse().unwrap(), stray);
+    deployment.until_reached("h3", "list").await;
+    let lists = |deployment: &Deployment| deployment.table.lock().unwrap().log.iter().filter(|told| *told == "h3 list").count();
+    let (before, observed) = (lists(&deployment), deployment.table.lock().unwrap().observed[&h3]);
+
+    // One in 50 ms at most: longer than the least time between two comparisons.
+    let later = |deployment: &Deployment| deployment.table.lock().unwrap().observed[&h3] > observed + 100;
+    deployment.until("the stray is seen for 5 s", later).await;
+
+    assert_eq!(lists(&deployment), before);
+    deployment.release();
+    deployment.until("it is told", |deployment| deployment.log().contains("alpha-c1 runs on h3 and on h1")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_host_takes_no_vm_for_which_it_has_no_memory_really_free() {
     let deployment = Deployment::new("act").await;
     deployment.up("alpha", &ALPHA).await;
