@@ -162,7 +162,7 @@ fn a_vm_started_again_has_a_higher_incarnation() {
     let name: violin_common::EnvironmentId = "alpha".parse().unwrap();
     story.extend([RecordV1::EnvironmentEnds(name.clone()), RecordV1::EnvironmentGone(name.clone())]);
     let gone = replayed(&story);
-    assert!(gone.vms.is_empty() && gone.ended.contains(&"alpha-c1".parse().unwrap()));
+    assert!(gone.vms.is_empty() && gone.ended.contains_key(&"alpha-c1".parse().unwrap()));
     assert!(gone.is_owed(&"alpha-c1".parse().unwrap(), &"h2".parse().unwrap()));
     story.push(RecordV1::VmStopped { vm: "alpha-c1".parse().unwrap(), host: "h2".parse().unwrap() });
     assert!(!replayed(&story).to_stop.contains_key(&"alpha-c1".parse().unwrap()));
@@ -173,7 +173,7 @@ fn a_vm_started_again_has_a_higher_incarnation() {
     let spec = &state.vms[&"alpha-c1".parse().unwrap()].spec;
     assert_eq!(state.next_epoch(spec), Epoch { incarnation: 2, moves: 1 });
     assert_eq!(state.next_epoch(&state.vms[&"alpha-c2".parse().unwrap()].spec), Epoch::FIRST);
-    assert!(!state.ended.contains(&"alpha-c1".parse().unwrap()));
+    assert!(!state.ended.contains_key(&"alpha-c1".parse().unwrap()));
     assert_eq!(state.environments[&name].life, Life::Starting);
 }
 

@@ -5,6 +5,8 @@
 //! `run.rs` is one VM's move; this file orders the moves, and takes a gang back that failed half-way.
 
 mod run;
+#[cfg(test)]
+mod tests;
 
 pub use run::{Ask, AskError, Asked};
 

@@ -379,6 +379,7 @@ impl Run {
     fn judge(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         let Phase::Looking { since, again, source, destination, aborted } = &mut self.phase else { return };
         let runs = |sight: &Sight| matches!(sight, Sight::Known(Some(VmSeen { state: VmState::Running, .. })));
+        let absent = |sight: &Sight| matches!(sight, Sight::Known(None | Some(VmSeen { state: VmState::Stopped, .. })));
         let leaving = matches!(source, Sight::Known(Some(VmSeen { leaving: true, .. })));
         let patient = now.since(*since) < PATIENCE;
         if runs(destination) && !runs(source) {
@@ -405,6 +406,11 @@ impl Run {
             (*aborted, *since, *again) = (true, now, Some(now + LOOK_AGAIN));
             let from = self.planned.from.clone();
             self.ask(&from, Ask::Abort, effects);
+        } else if self.seen.source.is_some() && !absent(destination)
+            || matches!((&*source, &*destination), (Sight::Known(None), Sight::Unknown))
+        {
+            // It has left its source: wherever it is to be stopped or looked for, that is its destination.
+            self.end(now, Outcome::Done, effects);
         } else {
             let told = |sight: &Sight| match sight {
                 Sight::Known(Some(seen)) => format!("{:?}", seen.state).to_lowercase(),
@@ -412,6 +418,9 @@ impl Run {
                 Sight::Open | Sight::Unknown => "unknown".into(),
             };
             let ends = format!("{} at {}, {} at {}", told(source), self.planned.from, told(destination), self.planned.to);
+            if !absent(destination) {
+                effects.push(record(RecordV1::MoveInDoubt { vm: self.planned.vm.clone(), host: self.planned.to.clone() }));
+            }
             self.end(now, Outcome::Undone(format!("{}; after {PATIENCE:?} it is {ends}", self.why)), effects);
         }
     }

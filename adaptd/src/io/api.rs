@@ -199,7 +199,7 @@ async fn moved(
                 let words = match event {
                     Ok(Event::Began(seen)) => format!("{} leaves {} for {}", seen.vm, seen.from, seen.to),
                     Ok(Event::Ended(seen)) => match seen.outcome {
-                        Outcome::Undone(why) => format!("{} stays on {}: {why}", seen.vm, seen.from),
+                        Outcome::Undone(why) => format!("{}: undone: {why}", seen.vm),
                         _ => format!("{} runs on {}", seen.vm, seen.to),
                     },
                     _ => continue,

@@ -4,7 +4,7 @@ use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
 use crate::io::{clock, keys};
 use crate::place::place;
-use crate::records::{Life, RecordV1, StoredEnvironment};
+use crate::records::{RecordV1, StoredEnvironment};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,6 +40,8 @@ pub async fn up(
     let name = spec.name.clone();
     admit(shared, &shared.world(), &spec, &placement)?;
     let pair = keys::generate(&shared.config.socket, &name).await.map_err(|error| format!("{error:#}"))?;
+    // Whoever hangs up does not end this task: an environment of this name may be another one when it goes on.
+    let begun = pair.public.clone();
     let starts = {
         // Admitted again, and recorded under the same lock: another environment may have come meanwhile, and whoever is
         // refused must not overwrite its key.
@@ -66,21 +68,24 @@ pub async fn up(
         }
         starts
     };
-    match start_all(shared, &name, starts, words).await {
-        Ok(()) => {
-            let mut world = shared.world();
+    let started = start_all(shared, &name, &begun, starts, words).await;
+    {
+        let mut world = shared.world();
+        if !world.state.is_starting(&name, &begun) {
+            let ended = format!("{name} was ended by another command before all its VMs were ready");
+            words.say(ended.clone());
+            return Err(ended);
+        }
+        if started.is_ok() {
             shared.record(&mut world, RecordV1::EnvironmentReady(name.clone()))?;
-            drop(world);
-            shared.changed();
-            Ok(())
         }
-        Err(why) => {
-            words.say(format!("{why}; ending what was started of {name}"));
-            match down(shared, &name, words).await {
-                Ok(()) => Err(format!("{why}; everything started of {name} was ended")),
-                Err(left) => Err(format!("{why}; ending {name} failed too: {left}")),
-            }
-        }
+    }
+    shared.changed();
+    let Err(why) = started else { return Ok(()) };
+    words.say(format!("{why}; ending what was started of {name}"));
+    match end(shared, &name, &begun, words).await {
+        Ok(()) => Err(format!("{why}; everything started of {name} was ended")),
+        Err(left) => Err(format!("{why}; ending {name} failed too: {left}")),
     }
 }
 
@@ -90,7 +95,17 @@ fn admit(
     spec: &EnvironmentSpec,
     placement: &BTreeMap<String, HostId>,
 ) -> Result<crate::place::Placed, String> {
-    for node in spec.nodes().map_err(|error| error.to_string())? {
+    let nodes = spec.nodes().map_err(|error| error.to_string())?;
+    let meets = |command: &Command| match command {
+        Command::Stop { vm } | Command::CancelIncoming { vm } => nodes.iter().any(|node| node.vm == *vm),
+        Command::AccessClose { environment } => *environment == spec.name,
+        Command::NetworkRemove { vni } => *vni == spec.network.vni,
+        _ => false,
+    };
+    if let Some((host, _)) = world.clearing.iter().find(|(_, command)| meets(command)) {
+        return Err(format!("{host} is just clearing up what an ended environment has left there; try again in a moment"));
+    }
+    for node in nodes {
         let Some(host) = world.state.to_stop.get(&node.vm).and_then(|hosts| hosts.first()) else { continue };
         let what = match world.connection(host) {
             Some(_) => format!("on {host}, which has not stopped it yet; try again in a moment"),
@@ -114,6 +129,7 @@ fn admit(
 async fn start_all(
     shared: &Arc<Shared>,
     name: &EnvironmentId,
+    begun: &str,
     starts: Vec<(HostId, Command)>,
     words: &Words,
 ) -> Result<(), String> {
@@ -148,6 +164,9 @@ async fn start_all(
     loop {
         let ready: Vec<VmId> = {
             let world = shared.world();
+            if !world.state.is_starting(name, begun) {
+                return Err(format!("{name} is being ended"));
+            }
             let running = |vm: &&VmId| world.seen.get(*vm).is_some_and(|(_, state)| *state == VmState::Running);
             waiting.iter().filter(running).cloned().collect()
         };
@@ -173,31 +192,58 @@ async fn start_all(
     }
 }
 
-/// Ends an environment. What is on a host that is away is ended when that host comes back.
+/// Ends the environment that has this name now. What is on a host that is away is ended when that host comes back.
 pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> Result<(), String> {
-    let (vms, doors, vni, hosts) = loop {
+    let begun = {
+        let world = shared.world();
+        let environments = &world.state.environments;
+        let known = environments.get(name).ok_or_else(|| unknown(name, environments.keys()))?;
+        known.stored.keys.public.clone()
+    };
+    end(shared, name, &begun, words).await
+}
+
+/// Ends the environment that was begun with this public key, and no later one of the same name. One that is gone is fine; one
+/// that another call is ending is waited for: a command of the slower of the two could meet a VM started anew.
+pub async fn end(shared: &Arc<Shared>, name: &EnvironmentId, begun: &str, words: &Words) -> Result<(), String> {
+    let mut changes = shared.changes.subscribe();
+    loop {
         quiet(shared).await?;
-        let mut world = shared.world();
-        // A plan may have begun since: its VMs would be looked for where they no longer are.
-        if !world.state.unfinished.is_empty() {
-            continue;
+        {
+            let mut world = shared.world();
+            if !world.state.is_begun(name, begun) {
+                return Ok(());
+            }
+            // A plan may have begun since: its VMs would be looked for where they no longer are.
+            if !world.state.unfinished.is_empty() {
+                continue;
+            }
+            if !world.being_ended.contains(name) {
+                if !world.state.is_ending(name) {
+                    shared.record(&mut world, RecordV1::EnvironmentEnds(name.clone()))?;
+                }
+                world.being_ended.insert(name.clone());
+                break;
+            }
         }
-        let Some(known) = world.state.environments.get(name) else {
-            return Err(unknown(name, world.state.environments.keys()));
-        };
+        let _ = tokio::time::timeout(Duration::from_millis(500), changes.changed()).await;
+    }
+    let ended = end_alone(shared, name, words).await;
+    shared.world().being_ended.remove(name);
+    shared.changed();
+    ended
+}
+
+async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> Result<(), String> {
+    let (vms, doors, vni) = {
+        let world = shared.world();
+        let Some(known) = world.state.environments.get(name) else { return Ok(()) };
         let vni = known.stored.spec.network.vni;
-        if known.life != Life::Ending {
-            shared.record(&mut world, RecordV1::EnvironmentEnds(name.clone()))?;
-        }
-        let vms: Vec<_> = world
-            .state
-            .vms
-            .iter()
-            .filter(|(_, known)| known.environment == *name)
-            .map(|(vm, known)| (vm.clone(), known.host.clone()))
-            .collect();
+        // On every host where it may run: of a move whose end nobody could tell that is both.
+        let owed = world.state.vms_of(name).filter_map(|vm| Some((vm, world.state.to_stop.get(vm)?)));
+        let vms: Vec<_> = owed.flat_map(|(vm, hosts)| hosts.iter().map(move |host| (vm.clone(), host.clone()))).collect();
         let doors = world.state.doors.keys().filter(|(environment, _)| environment == name).map(|(_, host)| host.clone());
-        break (vms, doors.collect::<Vec<_>>(), vni, world.connected());
+        (vms, doors.collect::<Vec<_>>(), vni)
     };
     for host in doors {
         let close = Command::AccessClose { environment: name.clone() };
@@ -210,7 +256,7 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
         }
     }
     let mut stopping = JoinSet::new();
-    for (vm, host) in vms.clone() {
+    for (vm, host) in vms {
         let shared = Arc::clone(shared);
         stopping.spawn(async move {
             let answer = ask(&shared, &host, &Command::Stop { vm: vm.clone() }, SHORT, |_, _| {}).await;
@@ -226,6 +272,8 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
             Err(error) => left.push(error.to_string()),
         }
     }
+    // Also of those that came meanwhile and were told to stop something.
+    let hosts = shared.world().connected();
     for host in hosts {
         if let Err(error) = ask(shared, &host, &Command::NetworkRemove { vni }, SHORT, |_, _| {}).await {
             words.say(format!("network {vni} was not removed from {host}: {error}"));
@@ -235,13 +283,13 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
         words.say(format!("{failed}; it is stopped as soon as its monitor is back, and none of its name starts before that"));
     }
     let mut world = shared.world();
+    let vms: Vec<VmId> = world.state.vms_of(name).cloned().collect();
     shared.record(&mut world, RecordV1::EnvironmentGone(name.clone()))?;
-    for (vm, _) in vms {
+    for vm in vms {
         world.seen.remove(&vm);
         world.observer.forget(&vm);
     }
-    drop(world);
-    shared.changed();
+    // Before anybody can begin one of this name: that one's key is kept.
     keys::forget(&shared.config.socket, name).map_err(|error| format!("{error:#}"))
 }
 

@@ -2,10 +2,11 @@
 
 use crate::act::{Ask, AskError, Effect, Execution};
 use crate::cycle::Decision;
-use crate::io::clock;
 use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
+use crate::io::{clock, reconcile};
 use crate::plan::Origin;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -94,6 +95,14 @@ async fn drive(shared: Arc<Shared>, mut execution: Execution, first: Vec<Effect>
             }
         }
         if execution.has_ended() {
+            let undone = execution.migrations().filter(|seen| seen.outcome != Outcome::Done);
+            for host in undone.map(|seen| seen.to.clone()).collect::<BTreeSet<_>>() {
+                // What was prepared there may be left if it did not answer; no observation tells of an arrival. One that is
+                // away is compared at its HELLO.
+                if shared.world().connection(&host).is_some() {
+                    tokio::spawn(reconcile::host(Arc::clone(&shared), host));
+                }
+            }
             shared.changed();
             return execution.migrations().cloned().collect();
         }

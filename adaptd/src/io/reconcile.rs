@@ -3,11 +3,12 @@
 use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
 use crate::io::{clock, environments};
-use crate::records::{KnownVm, Life, RecordV1, State};
+use crate::records::{KnownEnvironment, KnownVm, Life, RecordV1, State};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use violin_common::control::monitor::{Answer, Command, VmSeen, VmState};
-use violin_common::{HostId, Instant, VmId};
+use violin_common::{HostId, Instant, VmId, Vni};
 
 const SHORT: Duration = Duration::from_secs(60);
 /// Least time between two comparisons because of a stray VM: a late observation is none.
@@ -16,7 +17,7 @@ const AGAIN: Duration = Duration::from_secs(3);
 /// Whether a VM should not be where it was seen: what a command that outlived its manager has left.
 pub fn is_stray(world: &World, host: &HostId, vm: &VmId, state: VmState) -> bool {
     match world.state.vms.get(vm) {
-        None => world.state.ended.contains(vm),
+        None => world.state.ended.contains_key(vm),
         Some(known) => {
             known.host != *host && matches!(state, VmState::Arriving | VmState::Running) && world.state.moving_to(vm).is_none()
         }
@@ -38,41 +39,76 @@ fn owed<'a>(world: &'a World, host: &'a HostId) -> impl Iterator<Item = &'a VmId
 /// Whether a host may be compared with the journal again; remembers that it is.
 pub fn is_due(world: &mut World, host: &HostId, now: Instant) -> bool {
     let Some(known) = world.hosts.get_mut(host) else { return false };
-    let due = now.since(known.compared) >= AGAIN;
+    let due = now.since(known.compared) >= AGAIN && !world.comparing.contains_key(host);
     if due {
         known.compared = now;
     }
     due
 }
 
-/// Lists a host's VMs and settles what differs from the journal.
+/// Lists a host's VMs and settles what differs from the journal. Once at a time for each host: while it waits for a monitor
+/// that does not answer, whoever wants the same, as after a new HELLO, has it done once more afterwards.
 pub async fn host(shared: Arc<Shared>, host: HostId) {
-    let list = match ask(&shared, &host, &Command::List, SHORT, |_, _| {}).await {
+    {
+        let mut world = shared.world();
+        if let Some(again) = world.comparing.get_mut(&host) {
+            *again = true;
+            return;
+        }
+        world.comparing.insert(host.clone(), false);
+    }
+    loop {
+        compare(&shared, &host).await;
+        let mut world = shared.world();
+        if world.comparing.insert(host.clone(), false) != Some(true) {
+            world.comparing.remove(&host);
+            break;
+        }
+    }
+    shared.changed();
+}
+
+async fn compare(shared: &Shared, host: &HostId) {
+    let list = match ask(shared, host, &Command::List, SHORT, |_, _| {}).await {
         Ok(Answer::Vms(list)) => list,
         other => {
             tracing::warn!(%host, "could not list its VMs: {other:?}");
             return;
         }
     };
-    for command in settle(&shared, &host, &list) {
-        // The world has gone on while the commands before it were answered.
-        if !is_wanted(&shared.world(), &command) {
-            continue;
+    for command in settle(shared, host, &list) {
+        {
+            let mut world = shared.world();
+            // It has gone on while the commands before this one were answered.
+            if !is_wanted(&world, host, &command) {
+                continue;
+            }
+            world.clearing.insert(host.clone(), command.clone());
         }
         tracing::info!(%host, ?command, "clearing up what an earlier plan left");
-        match ask(&shared, &host, &command, SHORT, |_, _| {}).await {
-            Ok(_) => note_done(&shared, &host, &command),
+        match ask(shared, host, &command, SHORT, |_, _| {}).await {
+            Ok(_) => note_done(shared, host, &command),
             Err(error) => tracing::warn!(%host, "not cleared up: {error}"),
         }
+        shared.world().clearing.remove(host);
     }
-    shared.changed();
 }
 
 /// Whether what is to be cleared up has not been started anew.
-fn is_wanted(world: &World, command: &Command) -> bool {
+fn is_wanted(world: &World, host: &HostId, command: &Command) -> bool {
     match command {
-        Command::Stop { vm } => world.state.ended.contains(vm),
+        Command::Stop { vm } => world.state.ended.contains_key(vm),
+        Command::CancelIncoming { vm } => {
+            world.state.moving_to(vm).is_none() && world.state.vms.get(vm).is_none_or(|known| known.host != *host)
+        }
         Command::AccessClose { environment } => !world.state.environments.contains_key(environment),
+        // After the last of what was in it there.
+        Command::NetworkRemove { vni } => {
+            let State { environments, doors, ended, .. } = &world.state;
+            let used = environments.values().any(|known| known.stored.spec.network.vni == *vni);
+            let door = doors.iter().any(|((_, at), leads)| at == host && leads == vni);
+            !used && !door && owed(world, host).all(|vm| ended.get(vm) != Some(vni))
+        }
         _ => true,
     }
 }
@@ -94,15 +130,14 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
     let mut world = shared.world();
     let now = clock::now();
     // Also those not listed: one may be about to start.
-    let mut commands: Vec<_> = owed(&world, host).map(|vm| Command::Stop { vm: vm.clone() }).collect();
-    let doors = world
-        .state
-        .doors
-        .iter()
-        .filter(|((environment, at), _)| at == host && !world.state.environments.contains_key(environment));
-    commands.extend(doors.clone().map(|((environment, _), _)| Command::AccessClose { environment: environment.clone() }));
-    let used = |vni| world.state.environments.values().any(|known| known.stored.spec.network.vni == vni);
-    commands.extend(doors.filter(|(_, vni)| !used(**vni)).map(|(_, vni)| Command::NetworkRemove { vni: *vni }));
+    let owing: Vec<VmId> = owed(&world, host).cloned().collect();
+    let State { doors, environments, ended, .. } = &world.state;
+    let doors: Vec<_> =
+        doors.iter().filter(|((environment, at), _)| at == host && !environments.contains_key(environment)).collect();
+    let mut networks: BTreeSet<Vni> = owing.iter().filter_map(|vm| ended.get(vm)).copied().collect();
+    networks.extend(doors.iter().map(|(_, vni)| **vni));
+    let closes = doors.into_iter().map(|((environment, _), _)| Command::AccessClose { environment: environment.clone() });
+    let mut commands: Vec<_> = owing.iter().map(|vm| Command::Stop { vm: vm.clone() }).chain(closes).collect();
     world.twice.retain(|_, second| second != host);
     for seen in list {
         let vm = &seen.vm;
@@ -110,19 +145,21 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
             continue;
         }
         let Some(known) = world.state.vms.get(vm) else {
-            if world.state.ended.contains(vm) {
+            if let Some(vni) = world.state.ended.get(vm) {
+                networks.insert(*vni);
                 commands.push(Command::Stop { vm: vm.clone() });
             } else {
                 tracing::warn!(%host, %vm, "runs there, but this journal knows no such VM; left alone");
             }
             continue;
         };
-        let ending = world.state.environments.get(&known.environment).is_some_and(|env| env.life == Life::Ending);
+        let ending = world.state.is_ending(&known.environment);
         let moving = world.state.moving_to(vm).is_some();
         let elsewhere = known.host != *host;
         match seen.state {
-            // Whoever ends it stops it.
-            _ if ending => {}
+            // Whoever ends it stops it where it may run, but not what a late command has left elsewhere.
+            _ if ending && world.state.is_owed(vm, host) => {}
+            _ if ending => commands.push(Command::Stop { vm: vm.clone() }),
             // The executor asks both ends itself.
             _ if moving => {}
             VmState::Arriving if elsewhere => commands.push(Command::CancelIncoming { vm: vm.clone() }),
@@ -157,6 +194,7 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
     for vm in gone {
         world.seen.insert(vm, (host.clone(), VmState::Stopped));
     }
+    commands.extend(networks.into_iter().map(|vni| Command::NetworkRemove { vni }));
     commands
 }
 
@@ -173,9 +211,10 @@ pub async fn leftovers(shared: Arc<Shared>) {
     let left: Vec<_> = {
         let world = shared.world();
         let left = world.state.environments.iter().filter(|(_, env)| env.life != Life::Up);
-        left.map(|(name, env)| (name.clone(), env.stored.placement.values().cloned().collect::<Vec<_>>())).collect()
+        let hosts = |env: &KnownEnvironment| env.stored.placement.values().cloned().collect::<Vec<_>>();
+        left.map(|(name, env)| (name.clone(), env.stored.keys.public.clone(), hosts(env))).collect()
     };
-    for (environment, hosts) in left {
+    for (environment, begun, hosts) in left {
         tracing::info!(%environment, "was half started or half ended when the last manager stopped: ending it");
         let mut changes = shared.changes.subscribe();
         let all_there = async {
@@ -188,8 +227,8 @@ pub async fn leftovers(shared: Arc<Shared>) {
         };
         let _ = tokio::time::timeout(SHORT, all_there).await;
         // As long as it is there the policy does nothing at all: it must go, however long that takes.
-        while let Err(words) = environments::down(&shared, &environment, &environments::Words::default()).await {
-            if !shared.world().state.environments.contains_key(&environment) {
+        while let Err(words) = environments::end(&shared, &environment, &begun, &environments::Words::default()).await {
+            if !shared.world().state.is_begun(&environment, &begun) {
                 break;
             }
             tracing::warn!(%environment, "not ended, trying again: {words}");

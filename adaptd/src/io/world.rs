@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::{broadcast, watch};
 use violin_common::api::adapt::{Event, HostSeen, Mode, VmListed};
 use violin_common::config::adapt::AdaptConfig;
-use violin_common::control::monitor::{Hello, ImageDigest, VmState};
+use violin_common::control::monitor::{Command, Hello, ImageDigest, VmState};
 use violin_common::{EnvironmentId, HostId, Instant, VmId};
 
 /// A host that said HELLO since this manager started.
@@ -45,6 +45,12 @@ pub struct World {
     pub seen: BTreeMap<VmId, (HostId, VmState)>,
     /// VMs that run on a second host too, and which that is.
     pub twice: BTreeMap<VmId, HostId>,
+    /// Hosts that are being compared with the journal, and whether they are to be once more afterwards.
+    pub comparing: BTreeMap<HostId, bool>,
+    /// What each of them is just being told to clear up: nothing that this would meet begins before the answer.
+    pub clearing: BTreeMap<HostId, Command>,
+    /// Environments that a call is ending.
+    pub being_ended: BTreeSet<EnvironmentId>,
     /// What the last cycle refused.
     pub refusals: Vec<Refusal>,
     /// What was last written of that.
@@ -81,6 +87,9 @@ impl Shared {
             hosts: BTreeMap::new(),
             seen: BTreeMap::new(),
             twice: BTreeMap::new(),
+            comparing: BTreeMap::new(),
+            clearing: BTreeMap::new(),
+            being_ended: BTreeSet::new(),
             refusals: Vec::new(),
             refusals_written: (BTreeSet::new(), Instant(0)),
         };

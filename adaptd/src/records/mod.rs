@@ -117,6 +117,13 @@ pub enum RecordV1 {
     },
     /// An operator set what is done with decisions.
     ModeSet(KeptMode),
+    /// A move is about to end without anybody saying at which of its ends the VM runs; this is the one it is not recorded at.
+    MoveInDoubt {
+        /// Which.
+        vm: VmId,
+        /// Where it may run too.
+        host: HostId,
+    },
 }
 
 /// A mode an operator set, kept over restarts.

@@ -44,6 +44,8 @@ pub struct KnownVm {
     pub spec: VmSpec,
     /// Where it runs, as far as the journal knows.
     pub host: HostId,
+    /// Where it may run instead, since a move whose end nobody could tell.
+    pub doubt: Option<HostId>,
     /// When it last moved.
     pub moved: Option<Instant>,
 }
@@ -79,8 +81,8 @@ pub struct State {
     pub environments: BTreeMap<EnvironmentId, KnownEnvironment>,
     /// VMs of them.
     pub vms: BTreeMap<VmId, KnownVm>,
-    /// VMs that must not run any more, wherever they turn up.
-    pub ended: BTreeSet<VmId>,
+    /// VMs that must not run any more, wherever they turn up, and the networks they were in.
+    pub ended: BTreeMap<VmId, Vni>,
     /// Those of them that may still run, and the hosts whose monitors have not said yet that they are stopped there.
     pub to_stop: BTreeMap<VmId, BTreeSet<HostId>>,
     /// Access namespaces that may be there, also of environments that are gone, and the networks they lead into.
@@ -133,11 +135,14 @@ impl State {
                     environment.life = Life::Ending;
                 }
                 let ended = self.vms.iter().filter(|(_, vm)| vm.environment == *name);
-                let hosts =
-                    |vm, known: &KnownVm| [Some(&known.host), self.moving_to(vm)].into_iter().flatten().cloned().collect();
-                let ended: Vec<(VmId, Vec<HostId>)> = ended.map(|(vm, known)| (vm.clone(), hosts(vm, known))).collect();
-                for (vm, hosts) in ended {
-                    self.ended.insert(vm.clone());
+                let hosts = |vm, known: &KnownVm| {
+                    let all = [Some(&known.host), known.doubt.as_ref(), self.moving_to(vm)];
+                    all.into_iter().flatten().cloned().collect()
+                };
+                let ended = ended.map(|(vm, known)| (vm.clone(), known.spec.network.vni, hosts(vm, known)));
+                let ended: Vec<(VmId, Vni, Vec<HostId>)> = ended.collect();
+                for (vm, vni, hosts) in ended {
+                    self.ended.insert(vm.clone(), vni);
                     self.to_stop.entry(vm).or_default().extend(hosts);
                 }
             }
@@ -153,6 +158,12 @@ impl State {
             RecordV1::VmFound { vm, host } => {
                 if let Some(vm) = self.vms.get_mut(vm) {
                     vm.host = host.clone();
+                    vm.doubt = None;
+                }
+            }
+            RecordV1::MoveInDoubt { vm, host } => {
+                if let Some(vm) = self.vms.get_mut(vm) {
+                    vm.doubt = Some(host.clone());
                 }
             }
             RecordV1::VmStopped { vm, host } => {
@@ -219,7 +230,7 @@ impl State {
             let spec = vm_spec(stored, &node);
             self.ended.remove(&node.vm);
             self.to_stop.remove(&node.vm);
-            self.vms.insert(node.vm, KnownVm { environment: name.clone(), spec, host: host.clone(), moved: None });
+            self.vms.insert(node.vm, KnownVm { environment: name.clone(), spec, host: host.clone(), doubt: None, moved: None });
         }
         let known = KnownEnvironment { stored: stored.clone(), life: Life::Starting, access: None, moved: None };
         self.environments.insert(name, known);
@@ -230,7 +241,10 @@ impl State {
             // An undone move rests too: what failed a moment ago is not tried again at once.
             vm.moved = migration.ended;
             match migration.outcome {
-                Outcome::Done => vm.host = migration.to.clone(),
+                Outcome::Done => {
+                    vm.host = migration.to.clone();
+                    vm.doubt = None;
+                }
                 Outcome::Undone(_) => vm.host = migration.from.clone(),
                 Outcome::Running => {}
             }
@@ -265,6 +279,26 @@ impl State {
                 self.missed.insert(goal, (count, last));
             }
         }
+    }
+
+    /// Whether an environment is there that was begun with this public key. Each has its own: not a later one of the same name.
+    pub fn is_begun(&self, name: &EnvironmentId, public: &str) -> bool {
+        self.environments.get(name).is_some_and(|known| known.stored.keys.public == public)
+    }
+
+    /// Whether that one is still being started.
+    pub fn is_starting(&self, name: &EnvironmentId, public: &str) -> bool {
+        self.is_begun(name, public) && self.environments.get(name).is_some_and(|known| known.life == Life::Starting)
+    }
+
+    /// Whether the environment of this name is being ended.
+    pub fn is_ending(&self, name: &EnvironmentId) -> bool {
+        self.environments.get(name).is_some_and(|known| known.life == Life::Ending)
+    }
+
+    /// VMs of an environment.
+    pub fn vms_of<'a>(&'a self, name: &'a EnvironmentId) -> impl Iterator<Item = &'a VmId> {
+        self.vms.iter().filter(move |(_, known)| known.environment == *name).map(|(vm, _)| vm)
     }
 
     /// Epoch with which a VM is to be started next.

@@ -37,7 +37,9 @@ pub(crate) struct Table {
     pub(crate) reached: BTreeSet<(String, String)>,
     /// Commands that fail: (host, kind, VM).
     pub(crate) failing: BTreeSet<(String, String, String)>,
-    /// Every command seen, as `HOST KIND VM`.
+    /// Observations told, by host.
+    pub(crate) observed: BTreeMap<HostId, u32>,
+    /// Every command seen, as `HOST KIND VM`, `HOST list`, `HOST close ENVIRONMENT` or `HOST remove network VNI`.
     pub(crate) log: Vec<String>,
 }
 
@@ -330,8 +332,10 @@ async fn monitor(host: HostId, domain: String, cores: f64, tls: Tls, manager: So
 }
 
 fn observe(host: &HostId, table: &Mutex<Table>) -> Observation {
-    let table = table.lock().unwrap();
-    let seen = table.vms[host].iter().filter(|_| !table.blind.contains(host));
+    let mut table = table.lock().unwrap();
+    *table.observed.entry(host.clone()).or_default() += 1;
+    // As a real monitor does it: what arrives is listed, not observed.
+    let seen = table.vms[host].iter().filter(|(_, (state, _))| *state != VmState::Arriving && !table.blind.contains(host));
     let vms = seen.map(|(vm, (state, _))| {
         let demand = table.demand.get(vm).copied().unwrap_or(0.02);
         VmSample { vm: vm.clone(), state: *state, run: demand, wait: 0.0, demand, memory_mib: 256, net_in: 0.0, net_out: 0.0 }
@@ -355,6 +359,12 @@ async fn obey(host: &HostId, command: Command, table: &Mutex<Table>) -> Answer {
     let vm = vm.cloned();
     if let Command::AccessClose { environment } = &command {
         table.lock().unwrap().log.push(format!("{host} close {environment}"));
+    }
+    if command == Command::List {
+        table.lock().unwrap().log.push(format!("{host} list"));
+    }
+    if let Command::NetworkRemove { vni } = &command {
+        table.lock().unwrap().log.push(format!("{host} remove network {vni}"));
     }
     if let Some(vm) = &vm {
         let mut table = table.lock().unwrap();

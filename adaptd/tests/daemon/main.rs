@@ -66,6 +66,30 @@ async fn an_environment_that_cannot_start_whole_does_not_start() {
     assert_eq!(deployment.ask_blocking(&AdaptRequest::EnvList), Ok(AdaptReply::Environments(Vec::new())));
 }
 
+/// The first `env up` waits for a guest that does not boot; nobody hears it any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_env_up_that_was_given_up_does_not_end_a_later_environment_of_its_name() {
+    let deployment = Deployment::new("act").await;
+    let here = |deployment: &Deployment| ALPHA.iter().all(|(node, host)| deployment.running(&format!("alpha-{node}")) == [*host]);
+    deployment.table.lock().unwrap().blind.insert("h2".parse().unwrap());
+    let text = std::fs::read_to_string(format!("{}/../configs/environments/alpha.toml", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let spec = EnvironmentSpec::parse(&text).unwrap();
+    let placement = ALPHA.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
+    // Hangs up after the first line, as an interrupted `violin env up` does.
+    deployment.spawn_ask(AdaptRequest::EnvUp { spec, placement, image: None }).await.unwrap().unwrap();
+    deployment.until("all are started", here).await;
+
+    deployment.ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() }).await.unwrap();
+    deployment.table.lock().unwrap().blind.clear();
+    deployment.up("alpha", &ALPHA).await;
+
+    deployment.until("the first one has ended", |deployment| deployment.log().contains("was ended by another command")).await;
+    let AdaptReply::Environments(list) = deployment.ask_blocking(&AdaptRequest::EnvList).unwrap() else { panic!() };
+    assert_eq!(list.len(), 1);
+    assert!(here(&deployment), "{}", deployment.log());
+    assert!(!deployment.log().contains("ending what was started"), "{}", deployment.log());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crowded_host_sheds_one_vm_and_a_full_domain_an_environment() {
     let deployment = crowded("act").await;
@@ -288,6 +312,40 @@ async fn a_failed_migration_leaves_the_vm_where_it_was_and_nothing_at_the_destin
     assert!(deployment.halves().is_empty());
 }
 
+/// The destination is away, or says nothing, when the move is given up.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_arrival_prepared_in_vain_is_cancelled_when_its_host_can_be_asked_again() {
+    for away in [true, false] {
+        let mut deployment = Deployment::new("act").await;
+        deployment.up("alpha", &ALPHA).await;
+        deployment.hold("h1", "migrate");
+        deployment.fail("h1", "migrate", "alpha-c1");
+        let request = AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h3".parse().unwrap() };
+        let asking = deployment.spawn_ask(request);
+        deployment.until_reached("h1", "migrate").await;
+
+        if away {
+            deployment.kill_monitor("h3");
+            deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+        } else {
+            deployment.hold("h3", "list");
+        }
+        deployment.release_one("h1", "migrate");
+        deployment
+            .until("the move has ended", |deployment| !deployment.migrations().is_empty() && deployment.nothing_moves())
+            .await;
+        assert_eq!(deployment.halves(), ["alpha-c1 on h3: Arriving, leaving: false"], "{}", deployment.log());
+        if away {
+            deployment.start_monitor("h3");
+        }
+        deployment.release();
+
+        deployment.until("it is cancelled", |deployment| deployment.halves().is_empty()).await;
+        let _ = asking.await;
+        assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_monitor_lost_in_the_middle_of_a_move_is_asked_when_it_is_back() {
     let mut deployment = Deployment::new("act").await;
@@ -370,12 +428,35 @@ async fn a_vm_that_could_not_be_stopped_is_not_started_a_second_time() {
     deployment.start_monitor("h3");
     deployment.until("it is stopped", |deployment| deployment.log().contains("clearing up")).await;
     deployment.until("it is gone", |deployment| deployment.running("alpha-c1").is_empty()).await;
+    let removed = |told: &String| told.starts_with("h3 remove network");
+    deployment.until("so is its network", |deployment| deployment.table.lock().unwrap().log.iter().any(removed)).await;
     let mut answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
     while answer.as_ref().is_err_and(|words| words.contains("try again in a moment")) {
         answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
     }
     assert_eq!(answer, Ok(AdaptReply::Done));
     assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+}
+
+/// `env down` asks the hosts on record only, and waits for one of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_left_on_another_host_is_stopped_while_its_environment_is_being_ended() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    let down = AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() };
+    deployment.hold("h2", "stop");
+    let asking = deployment.spawn_ask(down);
+    deployment.until_reached("h2", "stop").await;
+    deployment.kill_monitor("h3");
+    let left = (VmState::Arriving, false);
+    deployment.table.lock().unwrap().vms.get_mut(&"h3".parse().unwrap()).unwrap().insert("alpha-c1".parse().unwrap(), left);
+
+    deployment.start_monitor("h3");
+
+    deployment.until("it is stopped", |deployment| deployment.halves().is_empty()).await;
+    deployment.release();
+    asking.await.unwrap().unwrap();
+    assert!(deployment.table.lock().unwrap().vms.values().all(std::collections::BTreeMap::is_empty));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -397,7 +478,7 @@ async fn an_access_namespace_that_could_not_be_closed_is_closed_when_its_monitor
         .until("it is closed", |deployment| deployment.table.lock().unwrap().log.iter().any(|told| told == "h2 close alpha"))
         .await;
     let mut answer = deployment.try_up("alpha", &[]).await;
-    while answer.as_ref().is_err_and(|words| words.contains("may still lead")) {
+    while answer.as_ref().is_err_and(|words| words.contains("may still lead") || words.contains("try again in a moment")) {
         answer = deployment.try_up("alpha", &[]).await;
     }
     assert_eq!(answer, Ok(AdaptReply::Done));
@@ -426,6 +507,27 @@ async fn a_vm_that_runs_twice_is_told_and_stays_on_record_where_it_was() {
         })
         .await;
     assert!(!deployment.log().contains("taking note"), "{}", deployment.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_monitor_that_does_not_answer_is_not_asked_for_the_same_again_and_again() {
+    let deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    let h3: violin_common::HostId = "h3".parse().unwrap();
+    deployment.hold("h3", "list");
+    let stray = (VmState::Running, false);
+    deployment.table.lock().unwrap().vms.get_mut(&h3).unwrap().insert("alpha-c1".parse().unwrap(), stray);
+    deployment.until_reached("h3", "list").await;
+    let lists = |deployment: &Deployment| deployment.table.lock().unwrap().log.iter().filter(|told| *told == "h3 list").count();
+    let (before, observed) = (lists(&deployment), deployment.table.lock().unwrap().observed[&h3]);
+
+    // One in 50 ms at most: longer than the least time between two comparisons.
+    let later = |deployment: &Deployment| deployment.table.lock().unwrap().observed[&h3] > observed + 100;
+    deployment.until("the stray is seen for 5 s", later).await;
+
+    assert_eq!(lists(&deployment), before);
+    deployment.release();
+    deployment.until("it is told", |deployment| deployment.log().contains("alpha-c1 runs on h3 and on h1")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
