@@ -123,6 +123,21 @@ fn a_guest_that_ends_by_itself_is_told_once() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_stopped_guest_is_expected_no_longer() {
+    let world = World::new("ex");
+    let h2 = world.driver("h2");
+    let spec = world.spec();
+    let interface = h2.make_interface(&spec, true).unwrap();
+    h2.prepare_incoming(&spec, &interface, None).unwrap();
+    assert_eq!(h2.list().unwrap()[0].state, VmState::Arriving);
+
+    h2.stop(&spec.vm).unwrap();
+
+    assert!(h2.list().unwrap().is_empty());
+}
+
+#[test]
+#[ignore = "needs root"]
 fn the_real_guest_program_gets_ready_and_answers_before_and_after_a_move() {
     // Beside the monitor, or what VIOLIN_PROBE names.
     let beside = || std::path::PathBuf::from(env!("CARGO_BIN_EXE_monitord")).with_file_name("violin-probe");

@@ -17,6 +17,7 @@ use super::images::Images;
 use super::record::{Record, Records};
 use super::switch::Switch;
 use crate::hypervisor::Hypervisor;
+use crate::transaction::Standing;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant as Clock;
@@ -214,7 +215,8 @@ impl Monitor {
         self.locks.alone(vm, work)
     }
 
-    /// What the hypervisor has, with what only the monitor knows: whether a guest still boots, whether it leaves.
+    /// What the hypervisor has, with what only the monitor knows: whether a guest still boots, whether it leaves, and what is
+    /// prepared for. A hypervisor need not know of an arrival before it comes, and one nobody is told of is never cancelled.
     fn list(&self) -> Result<Vec<VmSeen>, Trouble> {
         let mut list = self.hypervisor.list().map_err(|error| error.to_string())?;
         let vms = lock(&self.vms);
@@ -226,6 +228,13 @@ impl Monitor {
                 }
             }
         }
+        let unnamed: Vec<_> = vms
+            .values()
+            .filter(|vm| matches!(vm.record.standing, Standing::Arriving { .. }))
+            .map(|vm| vm.record.spec.vm.clone())
+            .filter(|vm| list.iter().all(|seen| &seen.vm != vm))
+            .collect();
+        list.extend(unnamed.into_iter().map(|vm| VmSeen { vm, state: VmState::Arriving, leaving: false }));
         Ok(list)
     }
 
@@ -274,7 +283,6 @@ impl Monitor {
 
     /// Makes a VM's network and port at the switch.
     fn attach(&self, record: &Record) -> Result<(), Trouble> {
-        use crate::transaction::Standing;
         let ownership = match (&record.standing, record.epoch) {
             (Standing::Here | Standing::Leaving { .. }, Some(epoch)) => Ownership::Here { epoch },
             _ => Ownership::Arriving,
@@ -297,7 +305,6 @@ impl Monitor {
 
 /// A VM as it is told to the manager.
 fn seen(vm: &Vm) -> VmSeen {
-    use crate::transaction::Standing;
     let leaving = matches!(vm.record.standing, Standing::Leaving { .. });
     VmSeen { vm: vm.record.spec.vm.clone(), state: vm.state, leaving }
 }
