@@ -3,9 +3,31 @@
 
 mod fake;
 
-use fake::{Host, ask};
+use fake::{Host, LIMIT, ask, until};
+use monitord::hypervisor::{Change, HypervisorError};
+use monitord::io::monitor::Monitor;
 use monitord::io::record::Records;
-use violin_common::control::monitor::{Answer, Command, VmSeen, VmState};
+use monitord::transaction::Standing;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use violin_common::VmId;
+use violin_common::api::switch::MoveState;
+use violin_common::control::monitor::{Answer, Command, MigrationMode, VmSeen, VmState};
+
+/// Gives a command on a thread of its own.
+fn beside(monitor: &Arc<Monitor>, command: Command) -> JoinHandle<Answer> {
+    let monitor = Arc::clone(monitor);
+    std::thread::spawn(move || ask(&monitor, command))
+}
+
+fn migrate(vm: &VmId) -> Command {
+    Command::Migrate { vm: vm.clone(), to: "h2".parse().unwrap(), uri: "fake:".into(), mode: MigrationMode::PreCopy }
+}
+
+fn refused() -> HypervisorError {
+    HypervisorError::Refused { asked: "moving it".into(), said: "it does not run".into() }
+}
 
 fn records(host: &Host) -> usize {
     Records::open(&host.dir.path().join("run")).unwrap().read_all().unwrap().len()
@@ -38,4 +60,44 @@ fn an_arrival_the_hypervisor_names_is_listed_once_and_as_it_says() {
 
     let comes = VmSeen { vm: spec.vm, state: VmState::Running, leaving: false };
     assert_eq!(ask(&monitor, Command::List), Answer::Vms(vec![comes]));
+}
+
+#[test]
+fn a_vm_that_ends_as_its_move_begins_is_cleared_away() {
+    let host = Host::new();
+    let spec = host.left_behind(1, Standing::Here, VmState::Running);
+    let monitor = host.monitor();
+    until("its port is there", LIMIT, || host.has_port(&spec));
+    let moving = beside(&monitor, migrate(&spec.vm));
+    until("the switch has granted", LIMIT, || host.move_state(&spec) == Some(MoveState::Granted));
+
+    host.hypervisor.list.lock().unwrap().clear();
+    host.tell(&spec, Change::Ended);
+    until("its end was heard", LIMIT, || host.move_state(&spec) == Some(MoveState::Fenced));
+    host.outcomes.send(Err(refused())).unwrap();
+
+    let Answer::Failed(words) = moving.join().unwrap() else { panic!("it moved") };
+    assert!(words.ends_with("the VM has ended by itself"), "{words}");
+    assert!(monitor.known().is_empty());
+    assert!(!host.has_port(&spec));
+    assert_eq!(records(&host), 0);
+}
+
+#[test]
+fn a_hypervisor_that_is_away_is_not_taken_for_a_vm_that_ended() {
+    let host = Host::new();
+    let spec = host.left_behind(1, Standing::Here, VmState::Running);
+    let monitor = host.monitor();
+    until("its port is there", LIMIT, || host.has_port(&spec));
+
+    host.hypervisor.away.store(true, Ordering::SeqCst);
+    host.tell(&spec, Change::Ended);
+    until("the hypervisor was asked twice", LIMIT, || host.hypervisor.asked_in_vain.load(Ordering::SeqCst) > 1);
+    assert_eq!(monitor.known().len(), 1);
+    assert!(host.has_port(&spec));
+
+    host.hypervisor.list.lock().unwrap().clear();
+    host.hypervisor.away.store(false, Ordering::SeqCst);
+    until("it is known no more", LIMIT, || monitor.known().is_empty());
+    assert_eq!(records(&host), 0);
 }

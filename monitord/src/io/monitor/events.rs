@@ -1,6 +1,6 @@
 //! What the hypervisor tells, and what the switch is told of it at once.
 
-use super::{Monitor, Vm, lock};
+use super::{Monitor, Trouble, Vm, lock};
 use crate::hypervisor::{Change, HypervisorEvent};
 use crate::io::switch::SwitchError;
 use crate::io::{clock, proc};
@@ -21,6 +21,8 @@ const TELL_AGAIN: Duration = Duration::from_millis(500);
 pub(super) const READ_LIMIT: Duration = Duration::from_secs(3);
 /// How often the interface's counter is read meanwhile; it is the resolution of that figure.
 const READ_LOOK: Duration = Duration::from_millis(1);
+/// Between two tries to ask a hypervisor that is away whether a VM has ended.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 impl Monitor {
     /// Handles events in order for each VM, different VMs side by side: a move must not wait for another's.
@@ -71,11 +73,10 @@ impl Monitor {
                 self.settle_arrival(vm);
             }
             (Standing::Here, Change::Ended) => {
-                // On a thread of its own: a command at work on this VM may be what ended it, and is waited for.
-                let (monitor, vm) = (Arc::clone(self), vm.clone());
-                std::thread::spawn(move || monitor.alone(&vm, || monitor.ended(&vm)));
+                // A command at work on this VM may be what ended it, and is waited for.
+                self.clear_ended(vm);
             }
-            // The commands that move it say what becomes of it.
+            // The commands that move it say what becomes of it; one that stays is looked for again.
             (Standing::Arriving { .. }, _) | (Standing::Leaving { .. }, Change::Ended) => {}
             (_, Change::Stopped) => {
                 self.change(vm, |vm| {
@@ -207,14 +208,31 @@ impl Monitor {
         });
     }
 
-    /// Clears away a VM that ended by itself, unless it is known no more or runs again.
-    fn ended(&self, vm: &VmId) {
+    /// Clears away a VM that may have ended by itself, on a thread of its own: at once when no command is at work on it and the
+    /// hypervisor can be asked.
+    pub(super) fn clear_ended(self: &Arc<Self>, vm: &VmId) {
+        let (weak, vm) = (Arc::downgrade(self), vm.clone());
+        std::thread::spawn(move || {
+            while let Some(monitor) = weak.upgrade() {
+                match monitor.alone(&vm, || monitor.ended(&vm)) {
+                    Ok(_) => return,
+                    Err(error) => tracing::warn!(vm = %vm, %error, "it may have ended; asking again"),
+                }
+                drop(monitor);
+                std::thread::sleep(ASK_AGAIN);
+            }
+        });
+    }
+
+    /// Clears away a VM that ended by itself, unless it is known no more or runs; says whether it did. A hypervisor that cannot
+    /// be asked is an error: it says nothing of the VM.
+    pub(super) fn ended(&self, vm: &VmId) -> Result<bool, Trouble> {
         if lock(&self.vms).get(vm).is_none_or(|known| known.record.standing != Standing::Here) {
-            return;
+            return Ok(false);
         }
-        let list = self.hypervisor.list().unwrap_or_default();
+        let list = self.hypervisor.list().map_err(|error| error.to_string())?;
         if list.iter().any(|seen| &seen.vm == vm && seen.state != VmState::Stopped) {
-            return;
+            return Ok(false);
         }
         tracing::warn!(vm = %vm, "ended by itself");
         let removed = self.switch.remove_ports(vm).map_err(|error| error.to_string());
@@ -225,6 +243,7 @@ impl Monitor {
         self.forget(vm);
         self.set_quota();
         self.report(VmSeen { vm: vm.clone(), state: VmState::Stopped, leaving: false });
+        Ok(true)
     }
 }
 

@@ -200,8 +200,9 @@ impl Monitor {
         departed.insert(vm.clone(), (Clock::now(), to.clone(), figures.clone()));
     }
 
-    /// The hypervisor failed or the grant was refused: the VM runs on here. Returns why, and how the fabric stands.
-    pub(super) fn stays(&self, known: &Vm, why: &str) -> Trouble {
+    /// The hypervisor failed or the grant was refused: the VM runs on here, or has ended here. Returns why, and how the fabric
+    /// stands.
+    pub(super) fn stays(self: &Arc<Self>, known: &Vm, why: &str) -> Trouble {
         let spec = &known.record.spec;
         let (vni, mac) = (spec.network.vni, spec.mac);
         let owned = |seen: &MoveSeen| seen.state == MoveState::Owned;
@@ -227,6 +228,15 @@ impl Monitor {
                 vm.record.epoch = Some(seen.epoch);
             }
         });
+        // Its end may be why it did not move, and nobody cleared it away while it was leaving.
+        match self.ended(&spec.vm) {
+            Ok(true) => return format!("{why}; the VM has ended by itself"),
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(vm = %spec.vm, %error, "it may have ended; asking again");
+                self.clear_ended(&spec.vm);
+            }
+        }
         match status {
             Some(seen) if owned(&seen) => format!("{why}; the VM runs on here"),
             other => format!("{why}; the VM runs on here, but its switch says {other:?}"),
