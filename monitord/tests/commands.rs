@@ -101,3 +101,61 @@ fn a_hypervisor_that_is_away_is_not_taken_for_a_vm_that_ended() {
     until("it is known no more", LIMIT, || monitor.known().is_empty());
     assert_eq!(records(&host), 0);
 }
+
+#[test]
+fn a_vm_whose_move_outlived_its_monitor_can_be_stopped() {
+    let host = Host::new();
+    let standing = Standing::Leaving { to: "h2".parse().unwrap(), uri: "fake:".into() };
+    let spec = host.left_behind(1, standing, VmState::Running);
+    // It is not put right before that is over, which is never.
+    host.hypervisor.list.lock().unwrap()[0].leaving = true;
+    let monitor = host.monitor();
+
+    let stopping = beside(&monitor, Command::Stop { vm: spec.vm.clone() });
+
+    until("it is stopped", LIMIT, || stopping.is_finished());
+    assert_eq!(stopping.join().unwrap(), Answer::Done);
+    assert!(monitor.known().is_empty());
+    assert_eq!(records(&host), 0);
+}
+
+#[test]
+fn an_arrival_left_behind_is_neither_prepared_nor_cancelled_on_trust() {
+    let host = Host::new();
+    let spec = host.left_behind(1, Standing::Arriving { uri: "old:".into() }, VmState::Running);
+    host.hypervisor.away.store(true, Ordering::SeqCst);
+    let monitor = host.monitor();
+
+    let prepare = Command::PrepareIncoming { spec: spec.clone(), image_sources: Vec::new() };
+    for command in [prepare, Command::CancelIncoming { vm: spec.vm.clone() }] {
+        let asked = beside(&monitor, command);
+        until("it is answered", LIMIT, || asked.is_finished());
+        let Answer::Failed(words) = asked.join().unwrap() else { panic!("done on trust") };
+        assert!(words.contains("try again"), "{words}");
+    }
+
+    host.hypervisor.away.store(false, Ordering::SeqCst);
+    let runs = VmSeen { vm: spec.vm.clone(), state: VmState::Running, leaving: false };
+    until("it is known to run here", LIMIT, || monitor.known() == [runs.clone()]);
+}
+
+#[test]
+fn a_second_stop_is_refused_while_the_first_waits() {
+    let host = Host::new();
+    let spec = host.left_behind(1, Standing::Here, VmState::Running);
+    let monitor = host.monitor();
+    until("its port is there", LIMIT, || host.has_port(&spec));
+    let moving = beside(&monitor, migrate(&spec.vm));
+    until("the switch has granted", LIMIT, || host.move_state(&spec) == Some(MoveState::Granted));
+    let stop = Command::Stop { vm: spec.vm.clone() };
+    let first = beside(&monitor, stop.clone());
+    until("the move is to be given up", LIMIT, || host.hypervisor.aborts.load(Ordering::SeqCst) == 1);
+
+    let Answer::Failed(words) = ask(&monitor, stop.clone()) else { panic!("stopped while it moves") };
+    assert!(words.contains("is being stopped already"), "{words}");
+
+    host.outcomes.send(Err(refused())).unwrap();
+    assert!(matches!(moving.join().unwrap(), Answer::Failed(_)));
+    assert_eq!(first.join().unwrap(), Answer::Done);
+    assert_eq!(ask(&monitor, stop), Answer::Done);
+}

@@ -6,6 +6,7 @@ use crate::io::switch::SwitchError;
 use crate::io::{clock, proc};
 use crate::transaction::{Fabric, Standing, on_change};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant as Clock};
@@ -41,16 +42,36 @@ impl Monitor {
                     tracing::debug!(vm = %event.vm, change = ?event.change, "event of a VM not known here");
                     continue;
                 }
-                let queue = queues.entry(event.vm.clone()).or_insert_with(|| {
-                    let (queue, own) = channel::<HypervisorEvent>();
-                    let monitor = Arc::clone(&monitor);
-                    std::thread::spawn(move || own.into_iter().for_each(|event| monitor.on_event(&event)));
-                    queue
-                });
+                let queue = match queues.entry(event.vm.clone()) {
+                    Entry::Occupied(queue) => queue.into_mut(),
+                    Entry::Vacant(place) => match monitor.queue() {
+                        Ok(queue) => place.insert(queue),
+                        Err(error) => {
+                            tracing::error!(vm = %event.vm, %error, "no thread for its events; those of other VMs wait");
+                            monitor.on_event(&event);
+                            continue;
+                        }
+                    },
+                };
                 // Its thread ends only with its queue.
                 let _ = queue.send(event);
             }
         });
+    }
+
+    /// A queue of events and the thread that handles them.
+    fn queue(self: &Arc<Self>) -> std::io::Result<Sender<HypervisorEvent>> {
+        let (queue, own) = channel::<HypervisorEvent>();
+        let monitor = Arc::clone(self);
+        let handle = move || own.into_iter().for_each(|event| monitor.on_event(&event));
+        std::thread::Builder::new().spawn(handle).map(|_| queue)
+    }
+
+    /// Works beside the handling of events, which must not end because there is no thread: without one the work is left out.
+    fn beside(vm: &VmId, what: &str, work: impl FnOnce() + Send + 'static) {
+        if let Err(error) = std::thread::Builder::new().spawn(work) {
+            tracing::error!(vm = %vm, %error, what, "no thread for it; left out");
+        }
     }
 
     fn on_event(self: &Arc<Self>, event: &HypervisorEvent) {
@@ -163,8 +184,9 @@ impl Monitor {
 
     /// Tells the switch that an arrived VM runs, again and again until it owns its MAC or the VM is no longer here.
     pub(super) fn own_later(self: &Arc<Self>, vm: &VmId) {
-        let (weak, vm) = (Arc::downgrade(self), vm.clone());
-        std::thread::spawn(move || {
+        let (weak, owned) = (Arc::downgrade(self), vm.clone());
+        Self::beside(vm, "owning its MAC", move || {
+            let vm = owned;
             loop {
                 std::thread::sleep(TELL_AGAIN);
                 let Some(monitor) = weak.upgrade() else { return };
@@ -193,7 +215,7 @@ impl Monitor {
     fn await_first_read(self: &Arc<Self>, vm: &VmId, before: u64) {
         let Some(known) = lock(&self.vms).get(vm).cloned() else { return };
         let monitor = Arc::clone(self);
-        std::thread::spawn(move || {
+        Self::beside(vm, "looking for its first frame", move || {
             let vm = &known.record.spec.vm;
             let deadline = Clock::now() + READ_LIMIT;
             while Clock::now() < deadline {
@@ -211,8 +233,9 @@ impl Monitor {
     /// Clears away a VM that may have ended by itself, on a thread of its own: at once when no command is at work on it and the
     /// hypervisor can be asked.
     pub(super) fn clear_ended(self: &Arc<Self>, vm: &VmId) {
-        let (weak, vm) = (Arc::downgrade(self), vm.clone());
-        std::thread::spawn(move || {
+        let (weak, ended) = (Arc::downgrade(self), vm.clone());
+        Self::beside(vm, "clearing it away", move || {
+            let vm = ended;
             while let Some(monitor) = weak.upgrade() {
                 match monitor.alone(&vm, || monitor.ended(&vm)) {
                     Ok(_) => return,

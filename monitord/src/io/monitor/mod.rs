@@ -44,6 +44,8 @@ pub struct Monitor {
     changed: Condvar,
     /// One command at a time for each VM.
     locks: OneEach<VmId>,
+    /// Those that are being stopped, or are to be.
+    stops: OneEach<VmId>,
     /// Moves away that are over, and when they were, for the manager that asks again.
     departed: Mutex<HashMap<VmId, (Clock, HostId, SourceFigures)>>,
     /// Whether the quota stands as it should.
@@ -70,12 +72,14 @@ struct Vm {
     arrival: DestinationFigures,
     /// Whether this switch owns its MAC after an arrival.
     owned: bool,
+    /// Whether an earlier monitor left it and it has not been put right yet: its record may be wrong.
+    left_behind: bool,
 }
 
 impl Vm {
     fn new(record: Record, state: VmState) -> Self {
         let (arrival, owned) = (DestinationFigures::default(), false);
-        Self { record, state, booting: None, attached: false, stopped: None, arrival, owned }
+        Self { record, state, booting: None, attached: false, stopped: None, arrival, owned, left_behind: false }
     }
 }
 
@@ -115,6 +119,7 @@ impl Monitor {
             vms: Mutex::default(),
             changed: Condvar::new(),
             locks: OneEach::default(),
+            stops: OneEach::default(),
             departed: Mutex::default(),
             quota: Mutex::default(),
             config,
@@ -166,11 +171,7 @@ impl Monitor {
                 let vm = spec.vm.clone();
                 self.alone(&vm, || self.start(&spec, epoch, &image_sources, progress)).map(|()| Answer::Done)
             }
-            Command::Stop { vm } => {
-                // One that is being moved must not be waited for until it has gone.
-                let _ = self.hypervisor.abort(&vm);
-                self.alone(&vm, || self.stop(&vm)).map(|()| Answer::Done)
-            }
+            Command::Stop { vm } => self.stop_once(&vm).map(|()| Answer::Done),
             Command::PrepareIncoming { spec, image_sources } => {
                 let vm = spec.vm.clone();
                 self.alone(&vm, || self.prepare(&spec, &image_sources, progress)).map(|uri| Answer::Prepared { uri })

@@ -33,9 +33,10 @@ impl Monitor {
         progress: &mut dyn FnMut(Answer),
     ) -> Result<String, Trouble> {
         let vm = &spec.vm;
-        match lock(&self.vms).get(vm).map(|known| known.record.standing.clone()) {
-            Some(Standing::Arriving { uri }) => return Ok(uri),
-            Some(standing) => return Err(format!("{vm} is {standing:?} on this host, so it cannot arrive")),
+        match lock(&self.vms).get(vm).map(|known| (known.record.standing.clone(), known.left_behind)) {
+            Some((_, true)) => return Err(not_put_right(vm)),
+            Some((Standing::Arriving { uri }, _)) => return Ok(uri),
+            Some((standing, _)) => return Err(format!("{vm} is {standing:?} on this host, so it cannot arrive")),
             None => {}
         }
         let mut made = Made::default();
@@ -69,6 +70,9 @@ impl Monitor {
 
     pub(super) fn cancel(self: &Arc<Self>, vm: &VmId) -> Result<(), Trouble> {
         let Some(known) = lock(&self.vms).get(vm).cloned() else { return Ok(()) };
+        if known.left_behind {
+            return Err(not_put_right(vm));
+        }
         let runs = || format!("{vm} runs on this host already, so its arrival cannot be cancelled");
         if !matches!(known.record.standing, Standing::Arriving { .. }) || known.arrival.resumed.is_some() {
             return Err(runs());
@@ -159,6 +163,9 @@ impl Monitor {
                 _ => Err(format!("{vm} is not on this host")),
             };
         };
+        if known.left_behind {
+            return Err(not_put_right(vm));
+        }
         if known.record.standing != Standing::Here {
             return Err(format!("{vm} is {:?} on this host, so it cannot be moved to {to}", known.record.standing));
         }
@@ -297,4 +304,9 @@ impl Monitor {
             pause = (pause * 2).min(Duration::from_millis(50));
         }
     }
+}
+
+/// What an earlier monitor knew of the VM may be wrong, and the hypervisor or the switch has not said yet how it is.
+fn not_put_right(vm: &VmId) -> Trouble {
+    format!("{vm} was left by an earlier monitor and is not taken up yet (this one's log says what for); try again")
 }
