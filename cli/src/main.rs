@@ -156,7 +156,7 @@ fn main() -> ExitCode {
         Command::Lab(command) => cmd::lab::run(command, output),
         Command::Env(command) => cmd::env::run(&target, output, command),
         Command::Ssh { environment, node, words } => cmd::reach::ssh(&target, &environment, node.as_deref(), &words),
-        Command::Cp { from, to } => cmd::reach::copy(&target, &from, &to),
+        Command::Cp { from, to } => cmd::copy::copy(&target, &from, &to),
         Command::Run { environment, ranks, directory, words } => {
             cmd::reach::run(&target, &environment, ranks, &directory, &words)
         }
