@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail};
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use violin_common::EnvironmentId;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, EnvironmentSeen, VmListed};
@@ -33,12 +33,18 @@ const SSH_OPTIONS: [&str; 10] = [
 ];
 
 impl Way {
-    /// Opens the environment's access namespace (or finds it open).
+    /// Opens the environment's access namespace (or finds it open), which must be on this machine, as the manager is.
     pub(crate) fn open(target: &Target, name: &EnvironmentId) -> Result<Self> {
         let environment = super::env::find(target, name)?;
-        let AdaptReply::Access { netns, .. } = target.ask(&AdaptRequest::Access { environment: name.clone() })? else {
+        let AdaptReply::Access { host, netns } = target.ask(&AdaptRequest::Access { environment: name.clone() })? else {
             bail!("the manager answered another question")
         };
+        if !Path::new(&netns).exists() {
+            bail!(
+                "got the access namespace of {name} on {host}, where it is {netns}; want it on this machine, which has no such file: \
+                 run this on {host}; the manager must run on that machine too, its keys lie beside its socket"
+            );
+        }
         let socket = target.manager()?;
         let key = socket.parent().context("the manager's socket has no folder")?.join("keys").join(name.as_str());
         Ok(Self { environment, netns, key })
