@@ -51,7 +51,8 @@ enum Command {
     Env(cmd::env::Env),
     /// Open a shell on a node of an environment, or run a command there.
     ///
-    /// As root, on the host the manager runs on. Ends with the command's status, 255 if ssh could not reach the node.
+    /// As root, on the machine that both the manager and the environment's head node run on; `cp` and `run` too. Ends with the
+    /// command's status, 255 if ssh could not reach the node.
     #[command(after_help = "Examples: violin ssh alpha\n          violin ssh alpha c1 -- uptime")]
     Ssh {
         /// Environment.
@@ -156,7 +157,7 @@ fn main() -> ExitCode {
         Command::Lab(command) => cmd::lab::run(command, output),
         Command::Env(command) => cmd::env::run(&target, output, command),
         Command::Ssh { environment, node, words } => cmd::reach::ssh(&target, &environment, node.as_deref(), &words),
-        Command::Cp { from, to } => cmd::reach::copy(&target, &from, &to),
+        Command::Cp { from, to } => cmd::copy::copy(&target, &from, &to),
         Command::Run { environment, ranks, directory, words } => {
             cmd::reach::run(&target, &environment, ranks, &directory, &words)
         }

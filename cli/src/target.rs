@@ -106,7 +106,8 @@ impl Target {
         last.context("the switch hung up without an answer")
     }
 
-    /// All hosts the manager knows, unless one switch was named.
+    /// All hosts the manager knows, unless one switch was named. Also those whose monitor is away: whoever asks is told that
+    /// they do not answer.
     pub(crate) fn switches(&self, wanted: Option<HostId>) -> Result<Vec<Option<HostId>>> {
         if self.switch_socket.is_some() {
             if let Some(host) = wanted {
@@ -121,7 +122,7 @@ impl Target {
             return Ok(vec![None]);
         }
         match self.ask(&AdaptRequest::HostList)? {
-            AdaptReply::Hosts(hosts) => Ok(hosts.into_iter().filter(|host| host.connected).map(|host| Some(host.host)).collect()),
+            AdaptReply::Hosts(hosts) => Ok(hosts.into_iter().map(|host| Some(host.host)).collect()),
             other => bail!("got {other:?}, want the list of hosts"),
         }
     }

@@ -212,8 +212,16 @@ fn refusals(hosts: &Hosts, image_b: &ImageFiles) {
     assert!(began.elapsed() < Duration::from_secs(8), "{refused}");
     runs_at(a);
     b.run(|driver| driver.cancel_incoming(&vm())).unwrap();
-    b.run(|driver| driver.remove_interface(&vm())).unwrap();
     assert!(b.driver.list().unwrap().is_empty());
+
+    // Prepared for, and stopped before it came: what the guest would have been told does not stay.
+    let told = b.dir.join("violin/guest").join(VM);
+    let name = interface(b);
+    b.run(|driver| driver.prepare_incoming(&spec(), &name, Some(image_b))).unwrap();
+    assert!(told.exists());
+    b.run(|driver| driver.stop(&vm())).unwrap();
+    assert!(!told.exists());
+    b.run(|driver| driver.remove_interface(&vm())).unwrap();
 }
 
 /// Begins a move so slow that something can happen meanwhile, lets it happen, and returns what became of the move.

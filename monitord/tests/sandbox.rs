@@ -123,6 +123,52 @@ fn a_guest_that_ends_by_itself_is_told_once() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_stopped_guest_is_expected_no_longer() {
+    let world = World::new("ex");
+    let h2 = world.driver("h2");
+    let spec = world.spec();
+    let interface = h2.make_interface(&spec, true).unwrap();
+    h2.prepare_incoming(&spec, &interface, None).unwrap();
+    assert_eq!(h2.list().unwrap()[0].state, VmState::Arriving);
+
+    h2.stop(&spec.vm).unwrap();
+
+    assert!(h2.list().unwrap().is_empty());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_guest_that_cannot_be_taken_up_keeps_no_other_from_running() {
+    let world = World::new("tu");
+    let spec = world.spec();
+    let listener = world.listen();
+    let h1 = world.driver("h1");
+    let interface = h1.make_interface(&spec, false).unwrap();
+    world.attach("h1", &interface);
+    h1.start(&spec, &interface, None).unwrap();
+    let mut echo = Echo::accept(&listener);
+    drop(h1);
+    // One sorts before the guest and one behind, and a file is among them.
+    let shared = world.dir.path().join("shared");
+    for name in ["a-c1", "z-c1"] {
+        std::fs::create_dir(shared.join(name)).unwrap();
+        std::fs::write(shared.join(name).join("at.h1"), "{").unwrap();
+        std::fs::write(shared.join(name).join("guest.json"), "{").unwrap();
+    }
+    std::fs::write(shared.join("b-c1"), "").unwrap();
+
+    let h1 = Sandbox::open(world.config("h1")).unwrap();
+
+    let events = h1.events().unwrap();
+    assert_eq!(wait_for(&events, Change::Running).vm, spec.vm);
+    let runs = h1.list().unwrap().iter().any(|seen| seen.vm == spec.vm && seen.state == VmState::Running);
+    assert!(runs, "{:?}", h1.list());
+    echo.once();
+    h1.stop(&spec.vm).unwrap();
+}
+
+#[test]
+#[ignore = "needs root"]
 fn the_real_guest_program_gets_ready_and_answers_before_and_after_a_move() {
     // Beside the monitor, or what VIOLIN_PROBE names.
     let beside = || std::path::PathBuf::from(env!("CARGO_BIN_EXE_monitord")).with_file_name("violin-probe");

@@ -39,7 +39,7 @@ pub(crate) enum Env {
     },
     /// Move all compute nodes of an environment to another domain, as one gang; its head node stays.
     ///
-    /// Fails if a move was undone; the gang's other VMs are then taken back.
+    /// Fails if a move did not happen; the gang's other VMs are then taken back. OUTCOME says where each VM is.
     #[command(after_help = "Example: violin env move alpha --to d2")]
     Move {
         /// Its name.

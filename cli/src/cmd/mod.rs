@@ -1,5 +1,6 @@
 //! One file for each group of the operator's words.
 
+pub(crate) mod copy;
 pub(crate) mod decisions;
 pub(crate) mod env;
 pub(crate) mod lab;

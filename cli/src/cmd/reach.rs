@@ -1,12 +1,12 @@
-//! `ssh`, `cp`, `run`: into an environment, through its access namespace.
+//! `ssh`, `run`: into an environment, through its access namespace. `copy.rs` goes the same way.
 
 use crate::target::Target;
 use anyhow::{Context, Result, bail};
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use violin_common::EnvironmentId;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, EnvironmentSeen, VmListed};
 use violin_common::control::monitor::Role;
@@ -33,18 +33,24 @@ const SSH_OPTIONS: [&str; 10] = [
 ];
 
 impl Way {
-    /// Opens the environment's access namespace (or finds it open).
+    /// Opens the environment's access namespace (or finds it open), which must be on this machine, as the manager is.
     pub(crate) fn open(target: &Target, name: &EnvironmentId) -> Result<Self> {
         let environment = super::env::find(target, name)?;
-        let AdaptReply::Access { netns, .. } = target.ask(&AdaptRequest::Access { environment: name.clone() })? else {
+        let AdaptReply::Access { host, netns } = target.ask(&AdaptRequest::Access { environment: name.clone() })? else {
             bail!("the manager answered another question")
         };
+        if !Path::new(&netns).exists() {
+            bail!(
+                "got the access namespace of {name} on {host}, where it is {netns}; want it on this machine, which has no such file: \
+                 run this on {host}; the manager must run on that machine too, its keys lie beside its socket"
+            );
+        }
         let socket = target.manager()?;
         let key = socket.parent().context("the manager's socket has no folder")?.join("keys").join(name.as_str());
         Ok(Self { environment, netns, key })
     }
 
-    fn vm(&self, node: Option<&str>) -> Result<&VmListed> {
+    pub(super) fn vm(&self, node: Option<&str>) -> Result<&VmListed> {
         let prefix = format!("{}-", self.environment.spec.name);
         self.environment
             .vms
@@ -65,11 +71,16 @@ impl Way {
         command
     }
 
-    fn ssh(&self, address: Ipv4Addr) -> Command {
+    pub(super) fn ssh(&self, address: Ipv4Addr) -> Command {
         let mut command = self.within("ssh");
         command.arg(format!("root@{address}"));
         command
     }
+}
+
+/// One word of a command for a node's shell.
+pub(super) fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', "'\\''"))
 }
 
 /// Opens a shell on a node, or runs a command there.
@@ -78,41 +89,6 @@ pub(crate) fn ssh(target: &Target, environment: &EnvironmentId, node: Option<&st
     let mut command = way.ssh(way.vm(node)?.address);
     command.args(words);
     Err(command.exec()).context("cannot run nsenter (Debian package util-linux) and ssh (openssh-client)")
-}
-
-/// Copies a file into or out of a node: one side is `ENV:NODE:PATH`.
-pub(crate) fn copy(target: &Target, from: &str, to: &str) -> Result<()> {
-    let (remote, local, into) = match (from.split_once(':'), to.split_once(':')) {
-        (Some(remote), None) => (remote, to, false),
-        (None, Some(remote)) => (remote, from, true),
-        _ => bail!("got {from:?} and {to:?}, want a local path and ENV:NODE:PATH, in either order"),
-    };
-    let (node, path) = remote.1.split_once(':').with_context(|| format!("got {:?}, want ENV:NODE:PATH", remote.1))?;
-    let way = Way::open(target, &remote.0.parse()?)?;
-    let address = way.vm(Some(node))?.address;
-    let mut command = way.ssh(address);
-    // A file that was there stays until the whole has come; a pipe or device is written as it comes.
-    let special = std::fs::metadata(local).is_ok_and(|meta| !meta.is_file());
-    let part = if special { local.to_owned() } else { format!("{local}.part") };
-    let quoted = format!("'{}'", path.replace('\'', "'\\''"));
-    if into {
-        command.arg(format!("cat > {quoted}"));
-        command.stdin(std::fs::File::open(local).with_context(|| format!("cannot read {local}"))?);
-    } else {
-        command.arg(format!("cat {quoted}"));
-        command.stdout(std::fs::File::create(&part).with_context(|| format!("cannot write {part}"))?).stdin(Stdio::null());
-    }
-    let status = command.status().context("cannot run nsenter and ssh")?;
-    if !status.success() {
-        if !into && !special {
-            let _ = std::fs::remove_file(&part);
-        }
-        bail!("copy failed: {status}");
-    }
-    if !into && !special {
-        std::fs::rename(&part, local).with_context(|| format!("cannot write {local}"))?;
-    }
-    Ok(())
 }
 
 /// Runs an MPI program over an environment's compute nodes, started from its head node.
@@ -135,7 +111,7 @@ pub(crate) fn run(
     }
     let network = &way.environment.spec.network;
     let mask = format!("{}/{}", network.address, network.prefix_len);
-    let quoted: Vec<_> = words.iter().map(|word| format!("'{}'", word.replace('\'', "'\\''"))).collect();
+    let quoted: Vec<_> = words.iter().map(|word| quoted(word)).collect();
     let script = format!(
         "file=$(mktemp) && printf '%s' '{hosts}' > $file && cd '{directory}' && \
          mpirun --allow-run-as-root --hostfile $file -np {} --wdir '{directory}' \

@@ -16,7 +16,7 @@ pub(crate) enum Vm {
     List,
     /// Move a VM to another host while it runs, and wait for the end.
     ///
-    /// Fails if the move was undone: the VM then runs where it was.
+    /// Fails if the move did not happen; OUTCOME then says where the VM is, which as a rule is where it was.
     #[command(after_help = "Example: violin vm migrate alpha-c1 --to h2")]
     Migrate {
         /// VM, for example alpha-c1.
@@ -122,12 +122,12 @@ pub(crate) fn run(target: &Target, output: Output, command: Vm) -> Result<()> {
     }
 }
 
-/// Prints moves that have ended; an error if one was undone, so that scripts see it.
+/// Prints moves that have ended; an error if one did not happen, so that scripts see it.
 pub(crate) fn finished(output: Output, migrations: &[Migration]) -> Result<()> {
     print_migrations(output, migrations)?;
     let undone = migrations.iter().filter(|migration| migration.outcome != Outcome::Done).count();
     if undone > 0 {
-        bail!("{undone} of {} moves did not happen; the VMs run where they were", migrations.len())
+        bail!("{undone} of {} moves did not happen; OUTCOME says where each VM is", migrations.len())
     }
     Ok(())
 }

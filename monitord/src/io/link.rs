@@ -88,12 +88,18 @@ async fn command(monitor: Arc<Monitor>, mut send: quinn::SendStream, mut recv: q
         }
     };
     let (answers, mut queue) = tokio::sync::mpsc::unbounded_channel();
-    std::thread::spawn(move || {
+    let without = answers.clone();
+    let began = std::thread::Builder::new().spawn(move || {
         let last = monitor.execute(command, &mut |progress| {
             let _ = answers.send(progress);
         });
         let _ = answers.send(last);
     });
+    if let Err(error) = began {
+        tracing::error!(%error, "no thread for a command");
+        let _ = without.send(Answer::Failed(format!("this host has no thread left for the command ({error}); try again later")));
+    }
+    drop(without);
     while let Some(answer) = queue.recv().await {
         if let Err(error) = frame::send(&mut send, &answer).await {
             tracing::debug!(%error, "the asker is gone");

@@ -13,7 +13,7 @@ use std::collections::{HashMap, HashSet};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -127,6 +127,12 @@ fn serve(stream: &UnixStream, state: &Mutex<SwitchState>) {
 #[derive(Debug)]
 pub struct Fake {
     pub list: Mutex<Vec<VmSeen>>,
+    /// Cannot be reached: nothing is listed.
+    pub away: AtomicBool,
+    /// How often it was asked for its list meanwhile.
+    pub asked_in_vain: AtomicUsize,
+    /// How often a move was to be given up.
+    pub aborts: AtomicUsize,
     /// Answer to `settle`.
     pub whereabouts: Mutex<Whereabouts>,
     /// How often that was asked for.
@@ -155,6 +161,10 @@ impl Hypervisor for Fake {
         Ok(())
     }
     fn list(&self) -> Result<Vec<VmSeen>, HypervisorError> {
+        if self.away.load(Ordering::SeqCst) {
+            self.asked_in_vain.fetch_add(1, Ordering::SeqCst);
+            return Err(HypervisorError::Unreachable("as the test has it".into()));
+        }
         Ok(self.list.lock().unwrap().clone())
     }
     fn console(&self, vm: &VmId) -> PathBuf {
@@ -182,6 +192,7 @@ impl Hypervisor for Fake {
         Ok(self.whereabouts.lock().unwrap().clone())
     }
     fn abort(&self, _: &VmId) -> Result<(), HypervisorError> {
+        self.aborts.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
     fn usage(&self, _: &VmId) -> Result<Usage, HypervisorError> {
@@ -223,6 +234,9 @@ impl Host {
         let (outcomes, ends) = channel();
         let hypervisor = Arc::new(Fake {
             list: Mutex::default(),
+            away: AtomicBool::new(false),
+            asked_in_vain: AtomicUsize::new(0),
+            aborts: AtomicUsize::new(0),
             whereabouts: Mutex::new(Whereabouts::Unclear("as the test has it".into())),
             looks: AtomicUsize::new(0),
             outcomes: Mutex::new(ends),

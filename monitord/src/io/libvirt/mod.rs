@@ -227,6 +227,8 @@ impl Hypervisor for Libvirt {
 
     fn stop(&self, vm: &VmId) -> Result<(), HypervisorError> {
         let (session, found) = self.find(vm)?;
+        // Of an arrival that was prepared and never came.
+        let _ = fs::remove_file(guest_config(&self.settings.run, vm));
         match found.map(|domain| domain.destroy()) {
             Some(Err(failure)) if !is_gone(&failure) => Err(refused(&session, format!("stopping {vm}"), &failure)),
             _ => Ok(()),

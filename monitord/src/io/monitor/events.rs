@@ -1,11 +1,12 @@
 //! What the hypervisor tells, and what the switch is told of it at once.
 
-use super::{Monitor, Vm, lock};
+use super::{Monitor, Trouble, Vm, lock};
 use crate::hypervisor::{Change, HypervisorEvent};
 use crate::io::switch::SwitchError;
 use crate::io::{clock, proc};
 use crate::transaction::{Fabric, Standing, on_change};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant as Clock};
@@ -21,6 +22,8 @@ const TELL_AGAIN: Duration = Duration::from_millis(500);
 pub(super) const READ_LIMIT: Duration = Duration::from_secs(3);
 /// How often the interface's counter is read meanwhile; it is the resolution of that figure.
 const READ_LOOK: Duration = Duration::from_millis(1);
+/// Between two tries to ask a hypervisor that is away whether a VM has ended.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 impl Monitor {
     /// Handles events in order for each VM, different VMs side by side: a move must not wait for another's.
@@ -39,16 +42,36 @@ impl Monitor {
                     tracing::debug!(vm = %event.vm, change = ?event.change, "event of a VM not known here");
                     continue;
                 }
-                let queue = queues.entry(event.vm.clone()).or_insert_with(|| {
-                    let (queue, own) = channel::<HypervisorEvent>();
-                    let monitor = Arc::clone(&monitor);
-                    std::thread::spawn(move || own.into_iter().for_each(|event| monitor.on_event(&event)));
-                    queue
-                });
+                let queue = match queues.entry(event.vm.clone()) {
+                    Entry::Occupied(queue) => queue.into_mut(),
+                    Entry::Vacant(place) => match monitor.queue() {
+                        Ok(queue) => place.insert(queue),
+                        Err(error) => {
+                            tracing::error!(vm = %event.vm, %error, "no thread for its events; those of other VMs wait");
+                            monitor.on_event(&event);
+                            continue;
+                        }
+                    },
+                };
                 // Its thread ends only with its queue.
                 let _ = queue.send(event);
             }
         });
+    }
+
+    /// A queue of events and the thread that handles them.
+    fn queue(self: &Arc<Self>) -> std::io::Result<Sender<HypervisorEvent>> {
+        let (queue, own) = channel::<HypervisorEvent>();
+        let monitor = Arc::clone(self);
+        let handle = move || own.into_iter().for_each(|event| monitor.on_event(&event));
+        std::thread::Builder::new().spawn(handle).map(|_| queue)
+    }
+
+    /// Works beside the handling of events, which must not end because there is no thread: without one the work is left out.
+    fn beside(vm: &VmId, what: &str, work: impl FnOnce() + Send + 'static) {
+        if let Err(error) = std::thread::Builder::new().spawn(work) {
+            tracing::error!(vm = %vm, %error, what, "no thread for it; left out");
+        }
     }
 
     fn on_event(self: &Arc<Self>, event: &HypervisorEvent) {
@@ -71,11 +94,10 @@ impl Monitor {
                 self.settle_arrival(vm);
             }
             (Standing::Here, Change::Ended) => {
-                // On a thread of its own: a command at work on this VM may be what ended it, and is waited for.
-                let (monitor, vm) = (Arc::clone(self), vm.clone());
-                std::thread::spawn(move || monitor.alone(&vm, || monitor.ended(&vm)));
+                // A command at work on this VM may be what ended it, and is waited for.
+                self.clear_ended(vm);
             }
-            // The commands that move it say what becomes of it.
+            // The commands that move it say what becomes of it; one that stays is looked for again.
             (Standing::Arriving { .. }, _) | (Standing::Leaving { .. }, Change::Ended) => {}
             (_, Change::Stopped) => {
                 self.change(vm, |vm| {
@@ -162,8 +184,9 @@ impl Monitor {
 
     /// Tells the switch that an arrived VM runs, again and again until it owns its MAC or the VM is no longer here.
     pub(super) fn own_later(self: &Arc<Self>, vm: &VmId) {
-        let (weak, vm) = (Arc::downgrade(self), vm.clone());
-        std::thread::spawn(move || {
+        let (weak, owned) = (Arc::downgrade(self), vm.clone());
+        Self::beside(vm, "owning its MAC", move || {
+            let vm = owned;
             loop {
                 std::thread::sleep(TELL_AGAIN);
                 let Some(monitor) = weak.upgrade() else { return };
@@ -192,7 +215,7 @@ impl Monitor {
     fn await_first_read(self: &Arc<Self>, vm: &VmId, before: u64) {
         let Some(known) = lock(&self.vms).get(vm).cloned() else { return };
         let monitor = Arc::clone(self);
-        std::thread::spawn(move || {
+        Self::beside(vm, "looking for its first frame", move || {
             let vm = &known.record.spec.vm;
             let deadline = Clock::now() + READ_LIMIT;
             while Clock::now() < deadline {
@@ -207,14 +230,32 @@ impl Monitor {
         });
     }
 
-    /// Clears away a VM that ended by itself, unless it is known no more or runs again.
-    fn ended(&self, vm: &VmId) {
+    /// Clears away a VM that may have ended by itself, on a thread of its own: at once when no command is at work on it and the
+    /// hypervisor can be asked.
+    pub(super) fn clear_ended(self: &Arc<Self>, vm: &VmId) {
+        let (weak, ended) = (Arc::downgrade(self), vm.clone());
+        Self::beside(vm, "clearing it away", move || {
+            let vm = ended;
+            while let Some(monitor) = weak.upgrade() {
+                match monitor.alone(&vm, || monitor.ended(&vm)) {
+                    Ok(_) => return,
+                    Err(error) => tracing::warn!(vm = %vm, %error, "it may have ended; asking again"),
+                }
+                drop(monitor);
+                std::thread::sleep(ASK_AGAIN);
+            }
+        });
+    }
+
+    /// Clears away a VM that ended by itself, unless it is known no more or runs; says whether it did. A hypervisor that cannot
+    /// be asked is an error: it says nothing of the VM.
+    pub(super) fn ended(&self, vm: &VmId) -> Result<bool, Trouble> {
         if lock(&self.vms).get(vm).is_none_or(|known| known.record.standing != Standing::Here) {
-            return;
+            return Ok(false);
         }
-        let list = self.hypervisor.list().unwrap_or_default();
+        let list = self.hypervisor.list().map_err(|error| error.to_string())?;
         if list.iter().any(|seen| &seen.vm == vm && seen.state != VmState::Stopped) {
-            return;
+            return Ok(false);
         }
         tracing::warn!(vm = %vm, "ended by itself");
         let removed = self.switch.remove_ports(vm).map_err(|error| error.to_string());
@@ -225,6 +266,7 @@ impl Monitor {
         self.forget(vm);
         self.set_quota();
         self.report(VmSeen { vm: vm.clone(), state: VmState::Stopped, leaving: false });
+        Ok(true)
     }
 }
 

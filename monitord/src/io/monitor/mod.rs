@@ -17,6 +17,7 @@ use super::images::Images;
 use super::record::{Record, Records};
 use super::switch::Switch;
 use crate::hypervisor::Hypervisor;
+use crate::transaction::Standing;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant as Clock;
@@ -43,6 +44,8 @@ pub struct Monitor {
     changed: Condvar,
     /// One command at a time for each VM.
     locks: OneEach<VmId>,
+    /// Those that are being stopped, or are to be.
+    stops: OneEach<VmId>,
     /// Moves away that are over, and when they were, for the manager that asks again.
     departed: Mutex<HashMap<VmId, (Clock, HostId, SourceFigures)>>,
     /// Whether the quota stands as it should.
@@ -69,12 +72,14 @@ struct Vm {
     arrival: DestinationFigures,
     /// Whether this switch owns its MAC after an arrival.
     owned: bool,
+    /// Whether an earlier monitor left it and it has not been put right yet: its record may be wrong.
+    left_behind: bool,
 }
 
 impl Vm {
     fn new(record: Record, state: VmState) -> Self {
         let (arrival, owned) = (DestinationFigures::default(), false);
-        Self { record, state, booting: None, attached: false, stopped: None, arrival, owned }
+        Self { record, state, booting: None, attached: false, stopped: None, arrival, owned, left_behind: false }
     }
 }
 
@@ -114,6 +119,7 @@ impl Monitor {
             vms: Mutex::default(),
             changed: Condvar::new(),
             locks: OneEach::default(),
+            stops: OneEach::default(),
             departed: Mutex::default(),
             quota: Mutex::default(),
             config,
@@ -165,11 +171,7 @@ impl Monitor {
                 let vm = spec.vm.clone();
                 self.alone(&vm, || self.start(&spec, epoch, &image_sources, progress)).map(|()| Answer::Done)
             }
-            Command::Stop { vm } => {
-                // One that is being moved must not be waited for until it has gone.
-                let _ = self.hypervisor.abort(&vm);
-                self.alone(&vm, || self.stop(&vm)).map(|()| Answer::Done)
-            }
+            Command::Stop { vm } => self.stop_once(&vm).map(|()| Answer::Done),
             Command::PrepareIncoming { spec, image_sources } => {
                 let vm = spec.vm.clone();
                 self.alone(&vm, || self.prepare(&spec, &image_sources, progress)).map(|uri| Answer::Prepared { uri })
@@ -214,7 +216,8 @@ impl Monitor {
         self.locks.alone(vm, work)
     }
 
-    /// What the hypervisor has, with what only the monitor knows: whether a guest still boots, whether it leaves.
+    /// What the hypervisor has, with what only the monitor knows: whether a guest still boots, whether it leaves, and what is
+    /// prepared for. A hypervisor need not know of an arrival before it comes, and one nobody is told of is never cancelled.
     fn list(&self) -> Result<Vec<VmSeen>, Trouble> {
         let mut list = self.hypervisor.list().map_err(|error| error.to_string())?;
         let vms = lock(&self.vms);
@@ -226,6 +229,13 @@ impl Monitor {
                 }
             }
         }
+        let unnamed: Vec<_> = vms
+            .values()
+            .filter(|vm| matches!(vm.record.standing, Standing::Arriving { .. }))
+            .map(|vm| vm.record.spec.vm.clone())
+            .filter(|vm| list.iter().all(|seen| &seen.vm != vm))
+            .collect();
+        list.extend(unnamed.into_iter().map(|vm| VmSeen { vm, state: VmState::Arriving, leaving: false }));
         Ok(list)
     }
 
@@ -274,7 +284,6 @@ impl Monitor {
 
     /// Makes a VM's network and port at the switch.
     fn attach(&self, record: &Record) -> Result<(), Trouble> {
-        use crate::transaction::Standing;
         let ownership = match (&record.standing, record.epoch) {
             (Standing::Here | Standing::Leaving { .. }, Some(epoch)) => Ownership::Here { epoch },
             _ => Ownership::Arriving,
@@ -297,7 +306,6 @@ impl Monitor {
 
 /// A VM as it is told to the manager.
 fn seen(vm: &Vm) -> VmSeen {
-    use crate::transaction::Standing;
     let leaving = matches!(vm.record.standing, Standing::Leaving { .. });
     VmSeen { vm: vm.record.spec.vm.clone(), state: vm.state, leaving }
 }

@@ -33,9 +33,10 @@ impl Monitor {
         progress: &mut dyn FnMut(Answer),
     ) -> Result<String, Trouble> {
         let vm = &spec.vm;
-        match lock(&self.vms).get(vm).map(|known| known.record.standing.clone()) {
-            Some(Standing::Arriving { uri }) => return Ok(uri),
-            Some(standing) => return Err(format!("{vm} is {standing:?} on this host, so it cannot arrive")),
+        match lock(&self.vms).get(vm).map(|known| (known.record.standing.clone(), known.left_behind)) {
+            Some((_, true)) => return Err(not_put_right(vm)),
+            Some((Standing::Arriving { uri }, _)) => return Ok(uri),
+            Some((standing, _)) => return Err(format!("{vm} is {standing:?} on this host, so it cannot arrive")),
             None => {}
         }
         let mut made = Made::default();
@@ -69,6 +70,9 @@ impl Monitor {
 
     pub(super) fn cancel(self: &Arc<Self>, vm: &VmId) -> Result<(), Trouble> {
         let Some(known) = lock(&self.vms).get(vm).cloned() else { return Ok(()) };
+        if known.left_behind {
+            return Err(not_put_right(vm));
+        }
         let runs = || format!("{vm} runs on this host already, so its arrival cannot be cancelled");
         if !matches!(known.record.standing, Standing::Arriving { .. }) || known.arrival.resumed.is_some() {
             return Err(runs());
@@ -159,6 +163,9 @@ impl Monitor {
                 _ => Err(format!("{vm} is not on this host")),
             };
         };
+        if known.left_behind {
+            return Err(not_put_right(vm));
+        }
         if known.record.standing != Standing::Here {
             return Err(format!("{vm} is {:?} on this host, so it cannot be moved to {to}", known.record.standing));
         }
@@ -200,8 +207,9 @@ impl Monitor {
         departed.insert(vm.clone(), (Clock::now(), to.clone(), figures.clone()));
     }
 
-    /// The hypervisor failed or the grant was refused: the VM runs on here. Returns why, and how the fabric stands.
-    pub(super) fn stays(&self, known: &Vm, why: &str) -> Trouble {
+    /// The hypervisor failed or the grant was refused: the VM runs on here, or has ended here. Returns why, and how the fabric
+    /// stands.
+    pub(super) fn stays(self: &Arc<Self>, known: &Vm, why: &str) -> Trouble {
         let spec = &known.record.spec;
         let (vni, mac) = (spec.network.vni, spec.mac);
         let owned = |seen: &MoveSeen| seen.state == MoveState::Owned;
@@ -227,6 +235,15 @@ impl Monitor {
                 vm.record.epoch = Some(seen.epoch);
             }
         });
+        // Its end may be why it did not move, and nobody cleared it away while it was leaving.
+        match self.ended(&spec.vm) {
+            Ok(true) => return format!("{why}; the VM has ended by itself"),
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(vm = %spec.vm, %error, "it may have ended; asking again");
+                self.clear_ended(&spec.vm);
+            }
+        }
         match status {
             Some(seen) if owned(&seen) => format!("{why}; the VM runs on here"),
             other => format!("{why}; the VM runs on here, but its switch says {other:?}"),
@@ -287,4 +304,9 @@ impl Monitor {
             pause = (pause * 2).min(Duration::from_millis(50));
         }
     }
+}
+
+/// What an earlier monitor knew of the VM may be wrong, and the hypervisor or the switch has not said yet how it is.
+fn not_put_right(vm: &VmId) -> Trouble {
+    format!("{vm} was left by an earlier monitor and is not taken up yet (this one's log says what for); try again")
 }

@@ -35,31 +35,49 @@ impl Monitor {
             };
             let mut vm = Vm::new(record, state);
             vm.booting = (state == VmState::Booting).then(std::time::Instant::now);
+            vm.left_behind = true;
             lock(&self.vms).insert(vm.record.spec.vm.clone(), vm);
         }
         self.watch_boots();
         // A thread each: one whose move is still under way must not keep the others waiting.
-        let left: Vec<_> = lock(&self.vms).values().map(|vm| vm.record.clone()).collect();
+        let left: Vec<_> = lock(&self.vms).keys().cloned().collect();
         let (taken, all_taken) = channel::<()>();
-        for record in left {
-            let (monitor, taken) = (Arc::clone(self), taken.clone());
+        for vm in left {
+            let (weak, taken) = (Arc::downgrade(self), taken.clone());
             std::thread::spawn(move || {
-                let vm = &record.spec.vm;
-                monitor.alone(vm, || {
-                    drop(taken);
-                    while let Err(error) = monitor.put_right(&record) {
-                        tracing::warn!(vm = %vm, %error, "taking up a VM; trying again");
-                        std::thread::sleep(AGAIN);
+                let mut taken = Some(taken);
+                while let Some(monitor) = weak.upgrade() {
+                    // The lock is free between two tries: an operator may end the VM.
+                    let tried = monitor.alone(&vm, || {
+                        drop(taken.take());
+                        monitor.put_right(&vm)
+                    });
+                    drop(monitor);
+                    match tried {
+                        Ok(()) => return,
+                        Err(error) => tracing::warn!(vm = %vm, %error, "taking up a VM; trying again"),
                     }
-                });
+                    std::thread::sleep(AGAIN);
+                }
             });
         }
         drop(taken);
-        // Commands for a VM wait until it is put right, so each thread has its VM's lock before the first can come.
+        // Commands for a VM wait for the first try, so each thread has its VM's lock before the first can come.
         let _ = all_taken.recv();
     }
 
-    fn put_right(self: &Arc<Self>, record: &Record) -> Result<(), String> {
+    fn put_right(self: &Arc<Self>, vm: &VmId) -> Result<(), String> {
+        let Some(known) = lock(&self.vms).get(vm).cloned() else { return Ok(()) };
+        if !known.left_behind {
+            return Ok(()); // ended, and prepared for or started anew, since the last try
+        }
+        self.put_known_right(&known)?;
+        self.change(vm, |vm| vm.left_behind = false);
+        Ok(())
+    }
+
+    fn put_known_right(self: &Arc<Self>, known: &Vm) -> Result<(), String> {
+        let record = &known.record;
         let vm = &record.spec.vm;
         let list = self.hypervisor.list().map_err(|error| error.to_string())?;
         let seen = list.into_iter().find(|seen| &seen.vm == vm && seen.state != VmState::Stopped);
@@ -67,12 +85,11 @@ impl Monitor {
         let port = port_of(&ports, vm);
         let state = port.and_then(|port| port.state);
         tracing::info!(vm = %vm, standing = ?record.standing, hypervisor = ?seen, ?state, "taking up");
-        let Some(known) = lock(&self.vms).get(vm).cloned() else { return Ok(()) };
         self.change(vm, |vm| vm.attached = port.is_some());
         match (seen, &record.standing) {
             (None, Standing::Leaving { .. }) => {
-                self.tell_fabric(&known, Fabric::Stopped);
-                let gone = self.await_fabric(&known, |seen| matches!(seen.state, MoveState::Gone | MoveState::Elsewhere));
+                self.tell_fabric(known, Fabric::Stopped);
+                let gone = self.await_fabric(known, |seen| matches!(seen.state, MoveState::Gone | MoveState::Elsewhere));
                 tracing::info!(vm = %vm, fabric = ?gone, "moved away while no monitor ran");
                 self.leave(vm);
             }
@@ -103,12 +120,12 @@ impl Monitor {
             (Some(_), Standing::Leaving { .. }) => {
                 self.attach_if_lost(record, port)?;
                 self.change(vm, |vm| vm.stopped = Some(crate::io::clock::now()));
-                let words = self.stays(&known, "the move was cut short");
+                let words = self.stays(known, "the move was cut short");
                 tracing::warn!(vm = %vm, %words, "taken up");
             }
             (Some(seen), Standing::Arriving { .. }) if seen.state == VmState::Running => {
                 self.attach_if_lost(record, port)?;
-                self.tell_fabric(&known, Fabric::Running);
+                self.tell_fabric(known, Fabric::Running);
                 self.settle_arrival(vm);
             }
             (Some(_), Standing::Arriving { .. }) => {

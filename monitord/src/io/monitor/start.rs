@@ -116,6 +116,19 @@ impl Monitor {
         if left.is_empty() { format!("{why}; all undone") } else { format!("{why}; not undone: {}", left.join("; ")) }
     }
 
+    /// Ends a VM. While one asker waits for that, another is refused: who asks again every few seconds must not fill the host
+    /// with threads that wait.
+    pub(super) fn stop_once(&self, vm: &VmId) -> Result<(), Trouble> {
+        self.stops.at_once(vm, |first| {
+            if !first {
+                return Err(format!("{vm} is being stopped already; ask again when that, and what it waits for, is done"));
+            }
+            // One that is being moved must not be waited for until it has gone.
+            let _ = self.hypervisor.abort(vm);
+            self.alone(vm, || self.stop(vm))
+        })
+    }
+
     pub(super) fn stop(&self, vm: &VmId) -> Result<(), Trouble> {
         let mut troubles = Vec::new();
         let mut note = |result: Result<(), Trouble>| troubles.extend(result.err());

@@ -237,29 +237,44 @@ impl Sandbox {
         }
     }
 
-    /// Puts every guest of this host right after a restart.
+    /// Puts every guest of this host right after a restart. One that cannot be is said and left as it is: it must not keep the
+    /// others from running.
     pub(super) fn recover(&self) -> io::Result<()> {
         let inner = &self.0;
-        inner.clear_half_started()?;
+        let guests = inner.store.names()?;
+        for vm in &guests {
+            if let Err(error) = inner.clear_half_started(vm) {
+                tracing::error!(vm = %vm, %error, "clearing away a guest whose start was cut short; it is left");
+            }
+        }
         if let Some(partition) = &inner.config.partition {
             clear_empty(&inner.config.trees, partition);
         }
-        let host = &inner.config.host;
-        for (vm, place) in inner.store.all()? {
-            let Some(guest) = inner.store.guest(&vm)? else { continue };
-            match &place {
-                _ if !guest.is_alive() => continue,
-                Place::At(at) if at == host => self.take(&vm)?,
-                Place::To(to) if to == host => {
-                    let taken = inner.store.pass(&vm, &place, &inner.here())?;
-                    taken.then(|| self.take(&vm)).transpose()?;
-                }
-                Place::To(_) if inner.offered_from_here(&vm, &place) => {
-                    let driver = self.clone();
-                    std::thread::spawn(move || driver.take_back_later(&vm, &place));
-                }
-                _ => {}
+        for vm in &guests {
+            if let Err(error) = self.recover_one(vm) {
+                tracing::error!(vm = %vm, %error, "taking up a guest; it is left as it is");
             }
+        }
+        Ok(())
+    }
+
+    fn recover_one(&self, vm: &VmId) -> io::Result<()> {
+        let inner = &self.0;
+        let host = &inner.config.host;
+        let Some(place) = inner.store.place(vm)? else { return Ok(()) };
+        let Some(guest) = inner.store.guest(vm)? else { return Ok(()) };
+        match &place {
+            _ if !guest.is_alive() => {}
+            Place::At(at) if at == host => self.take(vm)?,
+            Place::To(to) if to == host => {
+                let taken = inner.store.pass(vm, &place, &inner.here())?;
+                taken.then(|| self.take(vm)).transpose()?;
+            }
+            Place::To(_) if inner.offered_from_here(vm, &place) => {
+                let (driver, vm) = (self.clone(), vm.clone());
+                std::thread::spawn(move || driver.take_back_later(&vm, &place));
+            }
+            _ => {}
         }
         Ok(())
     }
@@ -280,16 +295,12 @@ impl Sandbox {
 }
 
 impl Inner {
-    /// Ends guests whose start was cut short by a kill: nobody was told that they run.
-    fn clear_half_started(&self) -> io::Result<()> {
-        let file = format!("starting.{}", self.config.host);
-        for entry in std::fs::read_dir(&self.config.shared)? {
-            let entry = entry?;
-            let Some(vm) = entry.file_name().to_str().and_then(|name| name.parse::<VmId>().ok()) else { continue };
-            if entry.path().join(&file).exists() && self.store.place(&vm)?.is_none() {
-                tracing::warn!(vm = %vm, "ending a guest whose start was cut short");
-                self.destroy(&vm)?;
-            }
+    /// Ends a guest whose start was cut short by a kill: nobody was told that it runs.
+    fn clear_half_started(&self, vm: &VmId) -> io::Result<()> {
+        let began = self.store.dir(vm).join(format!("starting.{}", self.config.host));
+        if began.exists() && self.store.place(vm)?.is_none() {
+            tracing::warn!(vm = %vm, "ending a guest whose start was cut short");
+            self.destroy(vm)?;
         }
         Ok(())
     }

@@ -254,6 +254,8 @@ impl Hypervisor for Sandbox {
 
     fn stop(&self, vm: &VmId) -> Result<(), HypervisorError> {
         let asked = format!("stopping {vm}");
+        // Whoever looks for an offer of it looks no longer.
+        self.0.state().arrivals.remove(vm);
         match self.0.store.place(vm).map_err(refused(&asked))? {
             Some(Place::To(other)) => {
                 // Only a guest nobody else has taken may be ended here.

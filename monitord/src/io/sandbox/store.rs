@@ -101,8 +101,15 @@ impl Store {
     pub(crate) fn open(root: &Path) -> io::Result<Self> {
         fs::create_dir_all(root)?;
         let store = Self { root: root.canonicalize()? };
-        // An earlier version left them open to all users, keys and all.
-        store.all()?.iter().try_for_each(|(vm, _)| private::close(&store.dir(vm)))?;
+        for vm in store.names()? {
+            let dir = store.dir(&vm);
+            // An earlier version left them open to all users, keys and all.
+            if dir.is_dir()
+                && let Err(error) = private::close(&dir)
+            {
+                tracing::error!(vm = %vm, %error, "closing a guest's folder to other users; it holds keys");
+            }
+        }
         Ok(store)
     }
 
@@ -137,7 +144,8 @@ impl Store {
     /// Whose the guest is; `None`: nobody's, it is not complete or not there.
     pub(crate) fn place(&self, vm: &VmId) -> io::Result<Option<Place>> {
         let entries = match fs::read_dir(self.dir(vm)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            // A file among the folders is none of ours.
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
             other => other?,
         };
         for entry in entries {
@@ -151,13 +159,21 @@ impl Store {
     /// All guests with a marker.
     pub(crate) fn all(&self) -> io::Result<Vec<(VmId, Place)>> {
         let mut found = Vec::new();
-        for entry in fs::read_dir(&self.root)? {
-            let Some(vm) = entry?.file_name().to_str().and_then(|name| name.parse::<VmId>().ok()) else { continue };
+        for vm in self.names()? {
             if let Some(place) = self.place(&vm)? {
                 found.push((vm, place));
             }
         }
-        found.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(found)
+    }
+
+    /// Everything here that is named as a guest may be, in order; whether it is one is not looked at.
+    pub(crate) fn names(&self) -> io::Result<Vec<VmId>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.root)? {
+            found.extend(entry?.file_name().to_str().and_then(|name| name.parse::<VmId>().ok()));
+        }
+        found.sort();
         Ok(found)
     }
 

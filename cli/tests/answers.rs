@@ -1,0 +1,54 @@
+//! What the command makes of a manager's answers.
+
+mod fake;
+
+use fake::{Manager, said};
+use violin_common::api::Response;
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, HostSeen};
+use violin_common::api::switch::{Counter, SwitchReply};
+
+#[test]
+fn an_access_namespace_of_another_machine_is_said_to_be_there() {
+    let manager = Manager::of_alpha("/nowhere/va-alpha.h2");
+
+    for words in [&["ssh", "alpha"][..], &["cp", "alpha:c1:/etc/hosts", "/dev/null"], &["run", "alpha", "--", "true"]] {
+        let output = manager.violin(words).output().unwrap();
+
+        assert_eq!(output.status.code(), Some(1), "{words:?}: {}", said(&output));
+        assert!(said(&output).contains("run this on h2"), "{words:?}: {}", said(&output));
+    }
+}
+
+fn host(name: &str, connected: bool) -> HostSeen {
+    HostSeen {
+        host: name.parse().unwrap(),
+        domain: "d1".parse().unwrap(),
+        connected,
+        driver: "sandbox".into(),
+        cores: 1.0,
+        demand_cores: 0.0,
+        score: 0.0,
+        memory_mib: 64,
+        memory_free_mib: 64,
+        age_s: None,
+        vms: Vec::new(),
+    }
+}
+
+#[test]
+fn a_host_whose_monitor_is_away_is_named_and_not_left_out() {
+    let manager = Manager::new(|request| match request {
+        AdaptRequest::HostList => Response::Ok(AdaptReply::Hosts(vec![host("h1", true), host("h2", false)])),
+        AdaptRequest::Switch { host, .. } if host.as_str() == "h1" => {
+            let counters = vec![Counter { name: "drop.own".into(), value: 7 }];
+            Response::Ok(AdaptReply::Switch(SwitchReply::Counters(counters)))
+        }
+        other => Response::Error(format!("not connected: {other:?}")),
+    });
+
+    let output = manager.violin(&["counters"]).output().unwrap();
+
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(said(&output).contains("no answer of h2; the others are above"), "{}", said(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("drop.own"));
+}
