@@ -84,6 +84,24 @@ fn a_vanished_interface_is_no_error_and_is_found_again() {
     drop(g2);
 }
 
+#[test]
+#[ignore = "needs root"]
+fn a_port_removed_while_its_interface_vanishes_leaves_no_guard_and_the_next_one_has_its_own() {
+    let (mut a, _b) = two_hosts(&[vni(5)], MTU);
+    for round in 0..24u64 {
+        a.ns.run("ip link add p1 type veth peer name p2");
+        let (slot, id) = a.packet_port(vni(5), "p1", MTU);
+        assert!(a.ns.run("nft list ruleset").contains("policy drop"), "round {round}: the port is open without its guard");
+
+        a.ns.run("ip link del p1");
+        // From at once to when the lost interface has been looked for: the moments differ from round to round.
+        std::thread::sleep(Duration::from_millis(round % 12));
+        a.ns.enter(|| a.plane().detach(slot, id));
+
+        assert!(!a.ns.run("nft list tables").contains("violin_p1"), "round {round}: the guard was left behind");
+    }
+}
+
 /// Whether this kernel lets a chain name an interface that is still to come.
 fn guards_ahead(ns: &support::Namespace) -> bool {
     ns.run("nft add table netdev probe");
