@@ -38,6 +38,8 @@ pub const GRANT_EXPIRY: Duration = Duration::from_secs(3600);
 const REPEAT: Duration = Duration::from_secs(1);
 /// MACs known of at most: a bound on what peers can make us remember.
 const LIMIT: usize = 65_536;
+/// Moves beyond which no epoch we own is raised because of what a peer says: as many are left to move it.
+const HEARD_MOVES: u32 = u32::MAX / 2;
 
 /// One owned MAC.
 pub type Key = (Vni, MacAddr);

@@ -1,6 +1,6 @@
 //! What peers say of owned MACs. A peer speaks for itself only: `from` is the host its certificate names.
 
-use super::{Effect, Entry, Given, Got, Key, LIMIT, MoveSeen, Moves, TOMBSTONE, View, at};
+use super::{Effect, Entry, Given, Got, HEARD_MOVES, Key, LIMIT, MoveSeen, Moves, TOMBSTONE, View, at};
 use violin_common::api::switch::MoveState;
 use violin_common::control::mesh::{Message, OwnedAt, Step};
 use violin_common::{Epoch, HostId, Instant, VmId, Vni};
@@ -87,10 +87,15 @@ impl Moves {
         }
     }
 
-    /// Somebody knows of a later owner than we told it of: `host`, perhaps ourselves before we started anew.
-    pub fn moved_heard(&mut self, now: Instant, owned: OwnedAt, host: HostId) {
+    /// `from` knows of a later owner than we told it of: `host`, perhaps ourselves before we started anew. Of another than
+    /// itself and us that is believed if `absent`: a member we know and are not connected with now, which cannot tell us
+    /// itself.
+    pub fn moved_heard(&mut self, now: Instant, from: &HostId, owned: OwnedAt, host: HostId, absent: bool) {
         let key = (owned.vni, owned.mac);
         let ourselves = host == self.host;
+        if !ourselves && host != *from && !absent || ourselves && owned.epoch.moves > HEARD_MOVES {
+            return;
+        }
         let Some(entry) = self.entries.get_mut(&key) else { return };
         match entry.state {
             MoveState::Owned if ourselves && owned.epoch >= entry.own => {
@@ -167,7 +172,7 @@ impl Moves {
         };
         if entry.owns() {
             // We started anew after the VM had arrived, and claimed less than what we had been granted.
-            if entry.state == MoveState::Owned && entry.own < epoch {
+            if entry.state == MoveState::Owned && entry.own < epoch && epoch.moves <= HEARD_MOVES {
                 entry.own = epoch;
                 return self.announce(key, Some(from.clone()));
             }

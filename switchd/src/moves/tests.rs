@@ -93,10 +93,14 @@ impl World {
     fn deliver(&mut self, index: usize) {
         let (from, to, message) = self.wire.remove(index);
         let from: HostId = NAMES[from].parse().unwrap();
+        let absent = [0, 1, 2].map(|other| !self.reachable(to, other));
         self.at(to, |moves, now| match message {
             Message::Owned { all, macs } => moves.owned_heard(now, &from, all, &macs, &|_| true),
             Message::Disowned(owned) => moves.disowned_heard(&from, owned),
-            Message::Moved { owned, host } => moves.moved_heard(now, owned, host),
+            Message::Moved { owned, host } => {
+                let absent = NAMES.iter().position(|name| *name == host.as_str()).is_some_and(|host| absent[host]);
+                moves.moved_heard(now, &from, owned, host, absent);
+            }
             Message::Move { owned, step } => moves.step_heard(now, &from, owned, step, true),
             other => panic!("moves sent {other:?}"),
         });
