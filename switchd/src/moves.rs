@@ -251,7 +251,11 @@ impl Moves {
         if let Some(other) = entry.port {
             return Err(format!("got MAC {} for a second port, but port {other} has it: remove that first", key.1));
         }
-        if matches!(entry.state, MoveState::Granted | MoveState::Fenced) {
+        // The VM was started anew after its destination died with the grant, which would keep its MAC from here for ever.
+        let next_life = matches!(ownership, Ownership::Here { epoch } if epoch.incarnation > entry.own.incarnation);
+        if entry.state == MoveState::Fenced && next_life {
+            entry.given = None;
+        } else if matches!(entry.state, MoveState::Granted | MoveState::Fenced) {
             return Err(format!("a move of MAC {} away from this host has not ended: wait for it or abort it", key.1));
         }
         (entry.port, entry.vm, entry.running, entry.stopped) = (Some(port), Some(vm), None, false);

@@ -477,6 +477,34 @@ fn the_next_life_of_a_mac_may_begin_at_the_first_epoch_again() {
     assert_eq!((world.state(2), world.state(0)), (Some(MoveState::Granted), Some(MoveState::Prepared)));
 }
 
+#[test]
+fn a_vm_started_anew_where_its_last_move_began_does_not_wait_for_a_dead_destination() {
+    let mut world = World::new();
+    world.port(1, Arriving);
+    world.grant(0, 1);
+    world.deliver_all();
+    world.hypervisor_stops();
+    world.deliver_all();
+    world.cut(1);
+    world.at(0, |moves, now| moves.port_removed(now, key()));
+    let next = Epoch { incarnation: Epoch::FIRST.incarnation + 1, ..Epoch::FIRST };
+
+    world.at(0, |moves, now| {
+        let again = moves.port_added(now, key(), PortId(70), vm(), Here { epoch: Epoch::FIRST }, true);
+        assert!(again.unwrap_err().contains("has not ended"), "the VM may run at its destination");
+        moves.port_added(now, key(), PortId(71), vm(), Here { epoch: next }, true).unwrap();
+    });
+    assert!(world.open(0));
+    world.heal();
+    world.deliver_all();
+
+    assert_eq!((world.state(0), world.state(1)), (Some(MoveState::Owned), Some(MoveState::Released)));
+    assert_eq!(world.switches[2].as_ref().unwrap().seen(key()).unwrap().epoch, next);
+    world.grant(0, 1);
+    world.deliver_all();
+    assert_eq!(world.state(1), Some(MoveState::Prepared));
+}
+
 #[derive(Debug, Clone)]
 enum Act {
     Deliver(usize),
