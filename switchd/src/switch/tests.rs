@@ -255,6 +255,30 @@ fn a_join_address_is_called_whatever_others_say_is_there() {
 }
 
 #[test]
+fn hints_of_ever_another_address_make_no_more_calls() {
+    let mut mesh = Mesh::new(2);
+    let (mut now, switch) = (mesh.now, &mut mesh.switches[1]);
+    let told = switch.link_of(&name(1)).unwrap();
+    let (mut calls, mut under_way) = (0, None);
+    for round in 0..200 {
+        let hint = Hint { host: name(7), address: address(10 + round % 2) };
+        switch.handle_message(now, told, Message::Members(vec![hint])).unwrap();
+        now = now + Duration::from_millis(50);
+        if let Some(call) = under_way.take() {
+            switch.handle_called(now, &call);
+        }
+        for call in switch.members.due(now) {
+            assert!(under_way.is_none(), "called while a call is under way");
+            calls += 1;
+            under_way = Some(call);
+        }
+        switch.members.due(now).iter().for_each(|call| panic!("{call:?} while one is under way"));
+    }
+    // In 10 s: after 0.2, 0.4, 0.8, 1.6 s and then every 3 s.
+    assert!((4..=8).contains(&calls), "{calls} calls");
+}
+
+#[test]
 fn a_message_before_hello_and_a_false_name_end_the_connection() {
     let mut mesh = Mesh::new(2);
     let switch = &mut mesh.switches[0];
