@@ -505,6 +505,31 @@ fn a_vm_started_anew_where_its_last_move_began_does_not_wait_for_a_dead_destinat
     assert_eq!(world.state(1), Some(MoveState::Prepared));
 }
 
+#[test]
+fn one_peer_cannot_use_up_the_room_for_the_macs_of_others() {
+    let mut moves = Moves::new(NAMES[0].parse().unwrap());
+    let (greedy, modest): (HostId, HostId) = (NAMES[1].parse().unwrap(), NAMES[2].parse().unwrap());
+    let numbered = |number: usize| MacAddr([2, 1, 0, (number >> 16) as u8, (number >> 8) as u8, number as u8]);
+    let named = |number| at((key().0, numbered(number)), Epoch::FIRST);
+    let macs: Vec<OwnedAt> = (0..SHARE - 2).map(named).collect();
+
+    moves.owned_heard(Instant(1), &greedy, false, &macs, &|_| true);
+    moves.step_heard(Instant(1), &greedy, named(SHARE), Step::Release, true);
+    for number in SHARE + 1..SHARE + 4 {
+        moves.step_heard(Instant(1), &greedy, named(number), Step::Fence, true);
+        moves.owned_heard(Instant(1), &greedy, false, &[named(number + 100)], &|_| true);
+    }
+    assert_eq!((moves.entries.len(), moves.macs_refused), (SHARE, 5));
+    moves.owned_heard(Instant(1), &modest, false, &[named(SHARE + 200)], &|_| true);
+    assert_eq!(moves.entries.len(), SHARE + 1);
+
+    // What is forgotten makes room.
+    moves.disowned_heard(&greedy, named(7));
+    moves.tick(Instant(2), &|_| true, true);
+    moves.owned_heard(Instant(2), &greedy, false, &macs, &|_| true);
+    assert_eq!((moves.entries.len(), moves.macs_refused), (SHARE + 1, 5));
+}
+
 #[derive(Debug, Clone)]
 enum Act {
     Deliver(usize),
