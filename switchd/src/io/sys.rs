@@ -4,7 +4,7 @@
 use crate::drops::DropReason;
 use crate::virtio;
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::{size_of, size_of_val, zeroed};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use violin_common::Instant;
@@ -232,6 +232,24 @@ pub fn packet_losses(socket: BorrowedFd<'_>) -> u64 {
         libc::getsockopt(socket.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_STATISTICS, value, &mut len)
     };
     if result < 0 { 0 } else { u64::from(stats.drops) }
+}
+
+/// Datagrams that a UDP socket lost, most for want of room in its buffer, since the last call; `seen` is how many there were
+/// by then. Kernels before 4.12 do not tell.
+pub fn datagram_losses(socket: BorrowedFd<'_>, seen: &mut u32) -> u64 {
+    const DROPS: usize = libc::SK_MEMINFO_DROPS as usize;
+    let (mut figures, mut len) = ([0u32; DROPS + 1], size_of::<[u32; DROPS + 1]>() as libc::socklen_t);
+    // SAFETY: pointer and length describe `figures`.
+    let result = unsafe {
+        let value = figures.as_mut_ptr().cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_MEMINFO, value, &mut len)
+    };
+    if result < 0 || (len as usize) < size_of_val(&figures) {
+        return 0;
+    }
+    let lost = figures[DROPS].wrapping_sub(*seen);
+    *seen = figures[DROPS];
+    lost.into()
 }
 
 /// Opens a packet socket that receives nothing until it is bound.

@@ -2,7 +2,7 @@
 
 use crate::counters::Counters;
 use crate::drops::DropReason;
-use crate::io::sys::{Batch, set_option};
+use crate::io::sys::{Batch, datagram_losses, set_option};
 use crate::slice::Arena;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrIn, SockaddrIn6, sendmsg};
@@ -25,6 +25,8 @@ pub struct Mesh {
     socket: UdpSocket,
     v6: bool,
     gso: bool,
+    /// Datagrams the kernel has lost so far.
+    lost: u32,
     counters: Arc<Counters>,
 }
 
@@ -93,7 +95,7 @@ impl Mesh {
         };
         set_option(fd, level, discover, libc::IP_PMTUDISC_PROBE)?;
         set_option(fd, level, tos, 1i32)?;
-        Ok(Self { socket, v6, gso: true, counters })
+        Ok(Self { socket, v6, gso: true, lost: 0, counters })
     }
 
     /// For epoll.
@@ -116,6 +118,11 @@ impl Mesh {
                 0
             }
         }
+    }
+
+    /// Datagrams lost between underlay and us since the last call.
+    pub fn losses(&mut self) -> u64 {
+        datagram_losses(self.socket.as_fd(), &mut self.lost)
     }
 
     /// Sends all bursts of an arena, in order.
@@ -167,6 +174,26 @@ impl Mesh {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn datagrams_that_found_no_room_are_counted_once() {
+        let (from, to) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+        set_option(to.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, 4096i32).unwrap();
+        to.set_nonblocking(true).unwrap();
+        let address = to.local_addr().unwrap();
+        for _ in 0..200 {
+            from.send_to(&[7; 1000], address).unwrap();
+        }
+
+        let (mut seen, mut arrived, mut lost) = (0, 0, 0);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while arrived + lost < 200 && std::time::Instant::now() < deadline {
+            arrived += std::iter::from_fn(|| to.recv(&mut [0; 1000]).ok()).count() as u64;
+            lost += datagram_losses(to.as_fd(), &mut seen);
+        }
+        assert_eq!((arrived + lost, arrived > 0, lost > 0), (200, true, true));
+        assert_eq!(datagram_losses(to.as_fd(), &mut seen), 0);
+    }
 
     #[test]
     fn a_burst_that_was_stopped_goes_on_where_it_stopped() {
