@@ -131,6 +131,7 @@ impl Pump {
                     return;
                 }
             };
+            self.ways.mesh.be_patient();
             for event in &events[..count] {
                 let tables = self.outside_tables.load_full();
                 match event.data() {

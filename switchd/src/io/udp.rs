@@ -2,7 +2,7 @@
 
 use crate::counters::Counters;
 use crate::drops::DropReason;
-use crate::io::sys::{Batch, datagram_losses, set_option};
+use crate::io::sys::{Batch, datagram_losses, now, set_option};
 use crate::slice::Arena;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrIn, SockaddrIn6, sendmsg};
@@ -10,12 +10,14 @@ use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 const UDP_GRO: libc::c_int = 104;
 /// Bytes the kernel may queue for us in each direction.
 const BUFFER: libc::c_int = 8 << 20;
-/// How long a full socket is waited for, in milliseconds; guests feel it as back pressure.
-const WAIT_MS: u8 = 10;
+/// How long a full socket is waited for until the mesh port is read again; guests feel it as back pressure. More would let a
+/// guest that sends faster than the underlay takes keep us from our peers' word until all of them seem lost.
+const PATIENCE: Duration = Duration::from_millis(10);
 /// Coalesced datagrams taken by one call.
 const READS: usize = 16;
 
@@ -27,6 +29,8 @@ pub struct Mesh {
     gso: bool,
     /// Datagrams the kernel has lost so far.
     lost: u32,
+    /// What is left of [`PATIENCE`].
+    patience: Duration,
     counters: Arc<Counters>,
 }
 
@@ -77,6 +81,13 @@ fn walk(bytes: &[u8], step: usize, sent: &mut usize, mut each: impl FnMut(&[u8])
     Ok(())
 }
 
+/// Waits for at most `left`, rounded up to milliseconds; returns what remains of it.
+fn spend(left: Duration, wait: impl FnOnce(u8)) -> Duration {
+    let began = now();
+    wait(u8::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u8::MAX));
+    left.saturating_sub(now().since(began))
+}
+
 impl Mesh {
     /// Takes the socket over for data; it becomes non-blocking.
     pub fn new(socket: UdpSocket, counters: Arc<Counters>) -> io::Result<Self> {
@@ -95,7 +106,7 @@ impl Mesh {
         };
         set_option(fd, level, discover, libc::IP_PMTUDISC_PROBE)?;
         set_option(fd, level, tos, 1i32)?;
-        Ok(Self { socket, v6, gso: true, lost: 0, counters })
+        Ok(Self { socket, v6, gso: true, lost: 0, patience: PATIENCE, counters })
     }
 
     /// For epoll.
@@ -125,6 +136,11 @@ impl Mesh {
         datagram_losses(self.socket.as_fd(), &mut self.lost)
     }
 
+    /// A full socket may be waited for again: to be called before each look at what came.
+    pub const fn be_patient(&mut self) {
+        self.patience = PATIENCE;
+    }
+
     /// Sends all bursts of an arena, in order.
     pub fn send(&mut self, arena: &Arena) {
         for burst in arena.bursts() {
@@ -151,9 +167,11 @@ impl Mesh {
         let (mut at_once, mut waited) = (self.gso, false);
         loop {
             match send_segments(fd, to, bytes, segment, at_once, sent) {
-                Err(nix::Error::EAGAIN) if !waited => {
+                Err(nix::Error::EAGAIN) if !waited && !self.patience.is_zero() => {
                     waited = true;
-                    let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::from(WAIT_MS));
+                    self.patience = spend(self.patience, |ms| {
+                        let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::from(ms));
+                    });
                 }
                 // EIO: the device cannot checksum; EINVAL also means "a segment is larger than the path", then singles tell.
                 Err(error @ (nix::Error::EIO | nix::Error::EINVAL | nix::Error::EOPNOTSUPP))
@@ -174,6 +192,17 @@ impl Mesh {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_waited_for_a_full_socket_is_not_waited_again() {
+        let left = spend(PATIENCE, |ms| {
+            assert_eq!(ms, 10);
+            std::thread::sleep(Duration::from_millis(4));
+        });
+        assert!(left <= Duration::from_millis(6));
+        let left = spend(left, |ms| std::thread::sleep(Duration::from_millis(ms.into())));
+        assert_eq!(left, Duration::ZERO);
+    }
 
     #[test]
     fn datagrams_that_found_no_room_are_counted_once() {
