@@ -39,8 +39,6 @@ pub struct QuicDatagram {
     pub from: SocketAddr,
     /// Its UDP payload.
     pub bytes: Bytes,
-    /// ECN codepoint of the IP header, 0 to 3.
-    pub ecn: u8,
 }
 
 type Key = (PortSlot, PortId);

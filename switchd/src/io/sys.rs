@@ -34,8 +34,6 @@ pub struct Received {
     pub vlan: Option<(u16, u16)>,
     /// Size of the datagrams that were put together, where they were.
     pub segment: Option<usize>,
-    /// ECN codepoint.
-    pub ecn: u8,
     /// Why it is to be refused unread, such as not having fitted.
     pub refused: Option<DropReason>,
 }
@@ -140,7 +138,6 @@ impl Batch {
                 from: address(name),
                 vlan: None,
                 segment: None,
-                ecn: 0,
                 refused: (header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0).then_some(DropReason::TooBig),
             };
             controls_of(&header.msg_hdr, &mut received);
@@ -161,12 +158,6 @@ fn controls_of(header: &libc::msghdr, received: &mut Received) {
                 // SAFETY: UDP_GRO carries an int.
                 let size = unsafe { data.cast::<libc::c_int>().read_unaligned() };
                 received.segment = usize::try_from(size).ok().filter(|&size| size > 0);
-            }
-            // SAFETY: both carry at least one byte (IP_TOS a byte, IPV6_TCLASS an int, little end first or not: see below).
-            (libc::IPPROTO_IP, libc::IP_TOS) => received.ecn = unsafe { data.read() } & 3,
-            (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
-                // SAFETY: IPV6_TCLASS carries an int.
-                received.ecn = unsafe { data.cast::<libc::c_int>().read_unaligned() } as u8 & 3;
             }
             (libc::SOL_PACKET, PACKET_AUXDATA) => {
                 // SAFETY: PACKET_AUXDATA carries a tpacket_auxdata.
