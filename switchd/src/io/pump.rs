@@ -160,7 +160,7 @@ impl Pump {
             return;
         }
         self.ticked = now;
-        self.worker.tick(now, &tables);
+        self.worker.tick(now);
         self.ways.counters.drops.add(DropReason::TunnelOverrun, self.ways.mesh.losses());
         for (_, port) in self.ways.ports.values_mut() {
             self.ways.counters.drops.add(DropReason::PortOverrun, port.losses());
