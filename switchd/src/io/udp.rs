@@ -99,11 +99,8 @@ impl Mesh {
             tracing::info!(%error, "no UDP_GRO here: datagrams are read one by one");
         }
         // Slices are made to fit the path; a fragmented one would cost a whole frame.
-        let (level, discover) = if v6 {
-            (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER)
-        } else {
-            (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
-        };
+        let (level, discover) =
+            if v6 { (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER) } else { (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER) };
         set_option(fd, level, discover, libc::IP_PMTUDISC_PROBE)?;
         Ok(Self { socket, v6, gso: true, lost: 0, patience: PATIENCE, counters })
     }
