@@ -6,7 +6,7 @@ use std::fmt;
 /// Orders the successive owners of one MAC: the higher epoch is the later owner.
 ///
 /// The lower half counts moves and is raised only by the owner's switch, by one per move (by two when a fenced VM runs on
-/// at its source). The upper half, the *incarnation*, is raised only by the manager after a host is known dead.
+/// at its source). The upper half, the *incarnation*, is raised only by the manager, at every later start of a VM with that MAC.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 pub struct Epoch {
     /// Raised by the manager's journal only.

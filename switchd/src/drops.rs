@@ -56,7 +56,7 @@ reasons! {
     PortBusy = "port-busy",
     /// The interface refused the frame.
     PortError = "port-error",
-    /// The interface brought frames faster than they were read.
+    /// The interface brought frames faster than they were read, or the foreign tunnel end of a gateway datagrams.
     PortOverrun = "port-overrun",
     /// Segmentation marked as one thing while the frame is another (a tunnel's super-frame, SCTP, fragments): nobody could
     /// segment it.
@@ -67,7 +67,9 @@ reasons! {
     TunnelBusy = "tunnel-busy",
     /// The underlay refused a datagram.
     TunnelError = "tunnel-error",
-    /// A datagram on the mesh port is neither QUIC nor of the mesh format, or of QUIC and larger than QUIC's are here.
+    /// The mesh port was brought datagrams faster than they were read, of QUIC too.
+    TunnelOverrun = "tunnel-overrun",
+    /// A datagram on the mesh port is empty, or neither QUIC nor of the mesh format, or of QUIC and larger than QUIC's are here.
     BadDatagram = "bad-datagram",
     /// A datagram of a kind that this version does not handle.
     UnknownKind = "unknown-kind",

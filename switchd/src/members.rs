@@ -302,10 +302,8 @@ impl Members {
                 continue;
             }
             match self.hosts.get_mut(&hint.host) {
-                Some(member) if member.link.is_none() && member.address != hint.address => {
-                    let next = now + patience(&self.host, &hint.host);
-                    (member.address, member.dial) = (hint.address, Dial::at(next));
-                }
+                // Where it is called, not when: hints by turns of two addresses would have us call without pause.
+                Some(member) if member.link.is_none() => member.address = hint.address,
                 Some(_) => {}
                 None if !full => {
                     let member = Member {

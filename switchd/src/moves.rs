@@ -38,6 +38,10 @@ pub const GRANT_EXPIRY: Duration = Duration::from_secs(3600);
 const REPEAT: Duration = Duration::from_secs(1);
 /// MACs known of at most: a bound on what peers can make us remember.
 const LIMIT: usize = 65_536;
+/// Of these, how many one peer can make us remember: none takes the room of all.
+const SHARE: usize = LIMIT / 8;
+/// Moves beyond which no epoch we own is raised because of what a peer says: as many are left to move it.
+const HEARD_MOVES: u32 = u32::MAX / 2;
 
 /// One owned MAC.
 pub type Key = (Vni, MacAddr);
@@ -123,6 +127,8 @@ struct Entry {
     /// Why the last grant came to nothing.
     refusal: Option<String>,
     entered: BTreeMap<u8, (MoveState, Instant)>,
+    /// The peer that made us remember it.
+    told_by: Option<HostId>,
 }
 
 impl Entry {
@@ -143,6 +149,7 @@ impl Entry {
             expires: None,
             refusal: None,
             entered: BTreeMap::new(),
+            told_by: None,
         }
     }
 
@@ -209,6 +216,8 @@ pub struct Moves {
     host: HostId,
     entries: HashMap<Key, Entry>,
     effects: Vec<Effect>,
+    /// How many MACs each peer has made us remember; those forgotten since the last tick are still among them.
+    told: HashMap<HostId, usize>,
     /// Owned MACs that peers named and that were not taken down, since the start: group addresses, networks not carried here,
     /// more than there is room for.
     pub macs_refused: u64,
@@ -217,12 +226,39 @@ pub struct Moves {
 impl Moves {
     /// Knows nothing yet. `host` is ours.
     pub fn new(host: HostId) -> Self {
-        Self { host, entries: HashMap::new(), effects: Vec::new(), macs_refused: 0 }
+        Self { host, entries: HashMap::new(), effects: Vec::new(), told: HashMap::new(), macs_refused: 0 }
     }
 
     /// Takes what is to be done since the last call.
     pub fn take_effects(&mut self) -> Vec<Effect> {
         std::mem::take(&mut self.effects)
+    }
+
+    /// Remembers a MAC because `from` named it. `false`, and counted: it is not known, and there is no room.
+    fn remember(&mut self, from: &HostId, key: Key) -> bool {
+        if self.entries.contains_key(&key) {
+            return true;
+        }
+        let told = self.told.get(from).copied().unwrap_or_default();
+        if self.entries.len() >= LIMIT || told >= SHARE {
+            self.macs_refused += 1;
+            return false;
+        }
+        self.told.insert(from.clone(), told + 1);
+        self.entries.insert(key, Entry { told_by: Some(from.clone()), ..Entry::new() });
+        true
+    }
+
+    /// Counts anew what each peer made us remember. A MAC with a port here takes nobody's share.
+    fn recount(&mut self) {
+        self.told.clear();
+        let told = self.entries.values().filter(|entry| entry.port.is_none()).filter_map(|entry| entry.told_by.as_ref());
+        for host in told {
+            match self.told.get_mut(host) {
+                Some(count) => *count += 1,
+                None => drop(self.told.insert(host.clone(), 1)),
+            }
+        }
     }
 
     fn send(&mut self, to: &HostId, message: Message) {
@@ -249,7 +285,11 @@ impl Moves {
         if let Some(other) = entry.port {
             return Err(format!("got MAC {} for a second port, but port {other} has it: remove that first", key.1));
         }
-        if matches!(entry.state, MoveState::Granted | MoveState::Fenced) {
+        // The VM was started anew after its destination died with the grant, which would keep its MAC from here for ever.
+        let next_life = matches!(ownership, Ownership::Here { epoch } if epoch.incarnation > entry.own.incarnation);
+        if entry.state == MoveState::Fenced && next_life {
+            entry.given = None;
+        } else if matches!(entry.state, MoveState::Granted | MoveState::Fenced) {
             return Err(format!("a move of MAC {} away from this host has not ended: wait for it or abort it", key.1));
         }
         (entry.port, entry.vm, entry.running, entry.stopped) = (Some(port), Some(vm), None, false);

@@ -32,7 +32,7 @@ pub const SETTLE: Duration = Duration::from_secs(2);
 pub const WAIT: Duration = Duration::from_secs(10);
 /// Learned MACs announced between two looks at the clock at most.
 const ANNOUNCEMENTS: u32 = 64;
-/// How often FDBs are swept; workers look at ages themselves.
+/// How often FDBs are swept; workers look at an entry's age when they use it.
 const AGE_EVERY: Duration = Duration::from_secs(1);
 /// Owned MACs in one message: about 150 KiB.
 const OWNED_CHUNK: usize = 4096;

@@ -24,9 +24,8 @@ pub const HOLD_FRAMES: usize = 512;
 pub const HOLD_BYTES: usize = 4 << 20;
 /// Bytes put together before they are sent.
 const ARENA_BYTES: usize = 1 << 20;
-/// Shortest time between two sweeps over all FDBs.
-const SWEEP: Duration = Duration::from_secs(1);
-/// Shortest time between two [`WorkerEvent::Stolen`] of one address at one port.
+/// Shortest time between two [`WorkerEvent::Stolen`] of one address at one port, and between two looks for those told so long
+/// ago.
 const STOLEN_AGAIN: Duration = Duration::from_secs(1);
 
 /// What became of a frame for a local port.
@@ -157,19 +156,16 @@ impl Worker {
         }
     }
 
-    /// Does what time asks for: gives up unfinished frames, forgets aged MACs. To be called some times a second.
-    pub fn tick(&mut self, now: Instant, tables: &Forwarding) {
+    /// Does what time asks for: gives up unfinished frames. To be called some times a second.
+    pub fn tick(&mut self, now: Instant) {
         let counters = &self.counters;
         self.reassembly.retain(|_, frames| {
             counters.drops.add(DropReason::ReassemblyTimeout, frames.expire(now) as u64);
             !frames.is_empty()
         });
-        if now.since(self.swept) >= SWEEP {
+        if now.since(self.swept) >= STOLEN_AGAIN {
             self.swept = now;
             self.stolen.retain(|_, told| now.since(*told) < STOLEN_AGAIN);
-            for network in tables.networks.values() {
-                network.fdb.age(now, network.ageing);
-            }
         }
     }
 

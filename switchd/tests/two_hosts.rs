@@ -4,9 +4,12 @@
 mod support;
 
 use std::net::UdpSocket;
-use std::time::Duration;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use support::{MTU, guest, two_hosts, until, vni};
 use switchd::drops::DropReason;
+use switchd::io::sys::set_option;
 use switchd::tables::Place;
 use violin_common::PortId;
 
@@ -84,6 +87,24 @@ fn a_vanished_interface_is_no_error_and_is_found_again() {
     drop(g2);
 }
 
+#[test]
+#[ignore = "needs root"]
+fn a_port_removed_while_its_interface_vanishes_leaves_no_guard_and_the_next_one_has_its_own() {
+    let (mut a, _b) = two_hosts(&[vni(5)], MTU);
+    for round in 0..24u64 {
+        a.ns.run("ip link add p1 type veth peer name p2");
+        let (slot, id) = a.packet_port(vni(5), "p1", MTU);
+        assert!(a.ns.run("nft list ruleset").contains("policy drop"), "round {round}: the port is open without its guard");
+
+        a.ns.run("ip link del p1");
+        // From at once to when the lost interface has been looked for: the moments differ from round to round.
+        std::thread::sleep(Duration::from_millis(round % 12));
+        a.ns.enter(|| a.plane().detach(slot, id));
+
+        assert!(!a.ns.run("nft list tables").contains("violin_p1"), "round {round}: the guard was left behind");
+    }
+}
+
 /// Whether this kernel lets a chain name an interface that is still to come.
 fn guards_ahead(ns: &support::Namespace) -> bool {
     ns.run("nft add table netdev probe");
@@ -131,6 +152,48 @@ fn frames_for_an_interface_that_is_still_on_its_way_wait_for_it() {
         socket.recv(&mut byte).expect("every datagram arrives");
         assert_eq!(byte, [number], "in order");
     }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_guest_that_sends_more_than_the_underlay_takes_does_not_keep_the_mesh_port_from_being_read() {
+    let (mut a, mut b) = two_hosts(&[vni(5)], MTU);
+    let g1 = guest(&a.ns, "p1", "10.5.0.1", MTU);
+    let _g2 = guest(&b.ns, "p1", "10.5.0.2", MTU);
+    a.packet_port(vni(5), "p1", MTU);
+    b.packet_port(vni(5), "p1", MTU);
+    g1.run("busybox ping -c 1 -W 2 10.5.0.2");
+    a.ns.run("tc qdisc add dev under root tbf rate 20mbit burst 64kb limit 64mb");
+    let stop = AtomicBool::new(false);
+    let flooding = g1.enter(|| UdpSocket::bind("10.5.0.1:0").unwrap());
+    set_option(flooding.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, 1300i32).unwrap();
+    let peer = b.ns.enter(|| UdpSocket::bind("10.99.0.2:0").unwrap());
+
+    let took = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                // Super-frames of 40 segments; what finds no room is not waited for.
+                let _ = flooding.send_to(&[7; 52_000], "10.5.0.2:9");
+            }
+        });
+        let full = || a.counters.drops.of(DropReason::TunnelBusy) > 0;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !full() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let began = Instant::now();
+        for number in 0..8u8 {
+            peer.send_to(&[0x40, number], a.address).unwrap();
+            while a.quic.try_recv().is_err() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        full().then(|| began.elapsed())
+    });
+
+    println!("eight datagrams one after the other were heard within {took:?}");
+    assert!(took.expect("the mesh port's buffer is full") < Duration::from_secs(2), "heard within {took:?}");
 }
 
 #[test]

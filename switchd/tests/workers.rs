@@ -261,8 +261,7 @@ proptest! {
             bytes
         }).collect();
         all[1].hear(address(0), &datagrams);
-        let Host { worker, tables, .. } = &mut all[1];
-        worker.tick(NOW + Duration::from_secs(1), tables);
+        all[1].worker.tick(NOW + Duration::from_secs(1));
     }
 }
 
@@ -295,8 +294,8 @@ fn no_spoiled_slice_panics() {
                 }
             }
             all[1].hear(address(0), &datagrams);
-            let Host { worker, tables, counters, out } = &mut all[1];
-            worker.tick(NOW + Duration::from_secs(1), tables);
+            let Host { worker, counters, out, .. } = &mut all[1];
+            worker.tick(NOW + Duration::from_secs(1));
 
             let mut seen = reached.get();
             DropReason::ALL.iter().for_each(|reason| seen[*reason as usize] += counters.drops.of(*reason));

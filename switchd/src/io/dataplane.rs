@@ -39,46 +39,43 @@ pub struct QuicDatagram {
     pub from: SocketAddr,
     /// Its UDP payload.
     pub bytes: Bytes,
-    /// ECN codepoint of the IP header, 0 to 3.
-    pub ecn: u8,
 }
 
 type Key = (PortSlot, PortId);
 
 /// Ports that are to be open, and what is known of interfaces still on their way.
+///
+/// Locked over the whole of an opening and of an undoing: a guard put in place while another thread takes it away would
+/// leave a port open without one.
 #[derive(Debug, Default)]
 struct Wanted {
-    ports: Mutex<HashMap<Key, (PortKind, u16)>>,
+    ports: HashMap<Key, (PortKind, u16)>,
     /// Interface → whether its guard could be put in place before it existed.
-    ahead: Mutex<HashMap<String, bool>>,
+    ahead: HashMap<String, bool>,
+}
+
+fn lock(wanted: &Mutex<Wanted>) -> MutexGuard<'_, Wanted> {
+    wanted.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Wanted {
-    fn ports(&self) -> MutexGuard<'_, HashMap<Key, (PortKind, u16)>> {
-        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn ahead(&self) -> MutexGuard<'_, HashMap<String, bool>> {
-        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Opens a port. The first time an interface that is `expected` is not there, the guard is put in place ahead of it where the kernel can
     /// do that: it saves the time when the guest arrives, and leaves no moment unguarded.
-    fn open(&self, kind: &PortKind, mtu: u16, expected: bool) -> Result<Box<dyn PortIo>, AttachError> {
+    fn open(&mut self, kind: &PortKind, mtu: u16, expected: bool) -> Result<Box<dyn PortIo>, AttachError> {
         let PortKind::Packet { interface } = kind else { return port::open(kind, mtu, false) };
-        let ahead = self.ahead().get(interface).copied();
+        let ahead = self.ahead.get(interface).copied();
         let opened = port::open(kind, mtu, ahead == Some(true));
         if let (true, Err(AttachError::NotThere(_)), None) = (expected, &opened, ahead) {
             let holds = guard::drop_all(interface);
             tracing::debug!(interface, ?holds, "guard ahead of the interface");
-            self.ahead().insert(interface.clone(), holds.is_ok());
+            self.ahead.insert(interface.clone(), holds.is_ok());
         }
         opened
     }
 
-    fn undo(&self, kind: &PortKind) {
+    fn undo(&mut self, kind: &PortKind) {
         if let PortKind::Packet { interface } = kind {
-            self.ahead().remove(interface);
+            self.ahead.remove(interface);
         }
         port::undo(kind);
     }
@@ -117,7 +114,7 @@ impl Drop for Alive {
 #[derive(Debug)]
 pub struct DataPlane {
     line: Line,
-    wanted: Arc<Wanted>,
+    wanted: Arc<Mutex<Wanted>>,
     traffic: Arc<Traffic>,
     thread: Option<JoinHandle<()>>,
     ended: Arc<Notify>,
@@ -152,7 +149,7 @@ impl DataPlane {
         })?;
 
         let line = Line { commands, wake };
-        let wanted = Arc::new(Wanted::default());
+        let wanted = Arc::new(Mutex::new(Wanted::default()));
         let (looking_line, looking_wanted) = (line.clone(), wanted.clone());
         // Ends when the worker does, which holds the other end of `losses`.
         Builder::new().name("ports".into()).spawn(move || {
@@ -180,10 +177,11 @@ impl DataPlane {
     /// its guest; [`AttachError::NotThere`] is then expected, and frames for the port wait, bounded, while its gate is not
     /// closed.
     pub fn attach(&self, slot: PortSlot, id: PortId, kind: &PortKind, mtu: u16, arriving: bool) -> Result<(), AttachError> {
-        let opened = self.wanted.open(kind, mtu, arriving);
+        let mut wanted = lock(&self.wanted);
+        let opened = wanted.open(kind, mtu, arriving);
         if arriving || !matches!(opened, Err(AttachError::NotThere(_) | AttachError::BadName(_))) {
             // Also when it has yet to arrive or was not taken: a detach must undo the guard.
-            self.wanted.ports().insert((slot, id), (kind.clone(), mtu));
+            wanted.ports.insert((slot, id), (kind.clone(), mtu));
         }
         let io = opened?;
         self.line.say(Command::Attach(slot, id, io));
@@ -192,12 +190,12 @@ impl DataPlane {
 
     /// Lets go of a port and undoes what attaching did to its interface; an interface that is gone is no error.
     pub fn detach(&self, slot: PortSlot, id: PortId) {
-        let known = self.wanted.ports().remove(&(slot, id));
+        let known = lock(&self.wanted).ports.remove(&(slot, id));
         let (done, finished) = mpsc::channel();
         self.line.say(Command::Detach(slot, id, done));
         let _ = finished.recv_timeout(DETACH);
         if let Some((kind, _)) = known {
-            self.wanted.undo(&kind);
+            lock(&self.wanted).undo(&kind);
         }
     }
 
@@ -222,48 +220,39 @@ impl Drop for DataPlane {
 }
 
 /// Opens ports again whose interface has gone and come back, as when a guest takes its interface along and returns.
-fn look_for_lost(losses: &mpsc::Receiver<Key>, line: &Line, wanted: &Wanted) {
-    let mut lost: Vec<(PortSlot, PortId, u32)> = Vec::new();
+fn look_for_lost(losses: &mpsc::Receiver<Key>, line: &Line, wanted: &Mutex<Wanted>) {
+    let mut lost: Vec<(Key, u32)> = Vec::new();
     loop {
-        let soon = lost.iter().any(|(_, _, looks)| *looks < LOOK_SOON.1);
+        let soon = lost.iter().any(|(_, looks)| *looks < LOOK_SOON.1);
         let pause = match (lost.is_empty(), soon) {
             (true, _) => Duration::from_secs(3600),
             (false, true) => LOOK_SOON.0,
             (false, false) => LOOK_LATER,
         };
         match losses.recv_timeout(pause) {
-            Ok((slot, id)) => lost.push((slot, id, 0)),
+            Ok(key) => lost.push((key, 0)),
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
         }
-        lost.retain_mut(|(slot, id, looks)| {
+        lost.retain_mut(|(key, looks)| {
             *looks += 1;
-            let Some((kind, mtu)) = wanted.ports().get(&(*slot, *id)).cloned() else { return false };
+            let mut wanted = lock(wanted);
+            let Some((kind, mtu)) = wanted.ports.get(key).cloned() else { return false };
             match wanted.open(&kind, mtu, true) {
                 Ok(io) => {
-                    found(line, wanted, (*slot, *id), &kind, io);
+                    tracing::info!(port = %key.1, "interface is back");
+                    // Still locked: the detach of this port, if one is on its way, follows.
+                    line.say(Command::Attach(key.0, key.1, io));
                     false
                 }
                 Err(AttachError::NotThere(_)) => true,
                 Err(error) => {
-                    tracing::debug!(port = %id, %error, "looking for the interface again");
+                    tracing::debug!(port = %key.1, %error, "looking for the interface again");
                     *looks = LOOK_SOON.1;
                     true
                 }
             }
         });
-    }
-}
-
-fn found(line: &Line, wanted: &Wanted, key: Key, kind: &PortKind, io: Box<dyn PortIo>) {
-    // The lock orders this against a detach: either the port is still wanted and its detach follows, or it is not.
-    let ports = wanted.ports();
-    if ports.contains_key(&key) {
-        tracing::info!(port = %key.1, "interface is back");
-        line.say(Command::Attach(key.0, key.1, io));
-    } else {
-        drop((io, ports));
-        wanted.undo(kind);
     }
 }
 

@@ -131,6 +131,7 @@ impl Pump {
                     return;
                 }
             };
+            self.ways.mesh.be_patient();
             for event in &events[..count] {
                 let tables = self.outside_tables.load_full();
                 match event.data() {
@@ -159,7 +160,8 @@ impl Pump {
             return;
         }
         self.ticked = now;
-        self.worker.tick(now, &tables);
+        self.worker.tick(now);
+        self.ways.counters.drops.add(DropReason::TunnelOverrun, self.ways.mesh.losses());
         for (_, port) in self.ways.ports.values_mut() {
             self.ways.counters.drops.add(DropReason::PortOverrun, port.losses());
         }
@@ -236,10 +238,13 @@ impl Pump {
         let now = now();
         let mut merging = Default::default();
         for (received, bytes) in self.datagrams.messages() {
-            let Some(from) = received.from else { continue };
+            let Some(from) = received.from.filter(|_| !bytes.is_empty()) else {
+                self.ways.counters.drops.count(DropReason::BadDatagram);
+                continue;
+            };
             for datagram in bytes.chunks(received.segment.unwrap_or(bytes.len()).max(1)) {
                 if mesh::is_quic(datagram[0]) {
-                    let datagram = QuicDatagram { from, bytes: Bytes::copy_from_slice(datagram), ecn: received.ecn };
+                    let datagram = QuicDatagram { from, bytes: Bytes::copy_from_slice(datagram) };
                     if self.quic.try_send(datagram).is_err() {
                         self.ways.counters.drops.count(DropReason::QuicBusy);
                     }

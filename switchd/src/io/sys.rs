@@ -4,7 +4,7 @@
 use crate::drops::DropReason;
 use crate::virtio;
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::{size_of, size_of_val, zeroed};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use violin_common::Instant;
@@ -34,8 +34,6 @@ pub struct Received {
     pub vlan: Option<(u16, u16)>,
     /// Size of the datagrams that were put together, where they were.
     pub segment: Option<usize>,
-    /// ECN codepoint.
-    pub ecn: u8,
     /// Why it is to be refused unread, such as not having fitted.
     pub refused: Option<DropReason>,
 }
@@ -140,7 +138,6 @@ impl Batch {
                 from: address(name),
                 vlan: None,
                 segment: None,
-                ecn: 0,
                 refused: (header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0).then_some(DropReason::TooBig),
             };
             controls_of(&header.msg_hdr, &mut received);
@@ -161,12 +158,6 @@ fn controls_of(header: &libc::msghdr, received: &mut Received) {
                 // SAFETY: UDP_GRO carries an int.
                 let size = unsafe { data.cast::<libc::c_int>().read_unaligned() };
                 received.segment = usize::try_from(size).ok().filter(|&size| size > 0);
-            }
-            // SAFETY: both carry at least one byte (IP_TOS a byte, IPV6_TCLASS an int, little end first or not: see below).
-            (libc::IPPROTO_IP, libc::IP_TOS) => received.ecn = unsafe { data.read() } & 3,
-            (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
-                // SAFETY: IPV6_TCLASS carries an int.
-                received.ecn = unsafe { data.cast::<libc::c_int>().read_unaligned() } as u8 & 3;
             }
             (libc::SOL_PACKET, PACKET_AUXDATA) => {
                 // SAFETY: PACKET_AUXDATA carries a tpacket_auxdata.
@@ -232,6 +223,24 @@ pub fn packet_losses(socket: BorrowedFd<'_>) -> u64 {
         libc::getsockopt(socket.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_STATISTICS, value, &mut len)
     };
     if result < 0 { 0 } else { u64::from(stats.drops) }
+}
+
+/// Datagrams that a UDP socket lost, most for want of room in its buffer, since the last call; `seen` is how many there were
+/// by then. Kernels before 4.12 do not tell.
+pub fn datagram_losses(socket: BorrowedFd<'_>, seen: &mut u32) -> u64 {
+    const DROPS: usize = libc::SK_MEMINFO_DROPS as usize;
+    let (mut figures, mut len) = ([0u32; DROPS + 1], size_of::<[u32; DROPS + 1]>() as libc::socklen_t);
+    // SAFETY: pointer and length describe `figures`.
+    let result = unsafe {
+        let value = figures.as_mut_ptr().cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_MEMINFO, value, &mut len)
+    };
+    if result < 0 || (len as usize) < size_of_val(&figures) {
+        return 0;
+    }
+    let lost = figures[DROPS].wrapping_sub(*seen);
+    *seen = figures[DROPS];
+    lost.into()
 }
 
 /// Opens a packet socket that receives nothing until it is bound.

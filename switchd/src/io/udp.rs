@@ -2,7 +2,7 @@
 
 use crate::counters::Counters;
 use crate::drops::DropReason;
-use crate::io::sys::{Batch, set_option};
+use crate::io::sys::{Batch, datagram_losses, now, set_option};
 use crate::slice::Arena;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrIn, SockaddrIn6, sendmsg};
@@ -10,12 +10,17 @@ use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 const UDP_GRO: libc::c_int = 104;
-/// Bytes the kernel may queue for us in each direction.
+/// Bytes the kernel may queue for us.
 const BUFFER: libc::c_int = 8 << 20;
-/// How long a full socket is waited for, in milliseconds; guests feel it as back pressure.
-const WAIT_MS: u8 = 10;
+/// Bytes it may queue from us; it takes twice as many. The control channel waits behind them and has peers for lost after
+/// 1.5 s: on an underlay of 50 Mbit/s these are a third of a second.
+const SEND_BUFFER: libc::c_int = 1 << 20;
+/// How long a full socket is waited for until the mesh port is read again; guests feel it as back pressure. More would let a
+/// guest that sends faster than the underlay takes keep us from our peers' word until all of them seem lost.
+const PATIENCE: Duration = Duration::from_millis(10);
 /// Coalesced datagrams taken by one call.
 const READS: usize = 16;
 
@@ -25,17 +30,24 @@ pub struct Mesh {
     socket: UdpSocket,
     v6: bool,
     gso: bool,
+    /// Datagrams the kernel has lost so far.
+    lost: u32,
+    /// What is left of [`PATIENCE`].
+    patience: Duration,
     counters: Arc<Counters>,
 }
 
-/// Sets a buffer size beyond the system's limit where we may, within it otherwise.
+/// Sets both buffers' sizes beyond the system's limit where we may, within it otherwise.
 pub fn large_buffers(socket: BorrowedFd<'_>, bytes: libc::c_int) {
-    for (forced, plain) in [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)] {
-        if set_option(socket, libc::SOL_SOCKET, forced, bytes).is_err()
-            && let Err(error) = set_option(socket, libc::SOL_SOCKET, plain, bytes)
-        {
-            tracing::debug!(%error, "socket buffers stay small");
-        }
+    buffer(socket, (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), bytes);
+    buffer(socket, (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF), bytes);
+}
+
+fn buffer(socket: BorrowedFd<'_>, (forced, plain): (libc::c_int, libc::c_int), bytes: libc::c_int) {
+    if set_option(socket, libc::SOL_SOCKET, forced, bytes).is_err()
+        && let Err(error) = set_option(socket, libc::SOL_SOCKET, plain, bytes)
+    {
+        tracing::debug!(%error, "a socket's buffer stays small");
     }
 }
 
@@ -75,25 +87,29 @@ fn walk(bytes: &[u8], step: usize, sent: &mut usize, mut each: impl FnMut(&[u8])
     Ok(())
 }
 
+/// Waits for at most `left`, rounded up to milliseconds; returns what remains of it.
+fn spend(left: Duration, wait: impl FnOnce(u8)) -> Duration {
+    let began = now();
+    wait(u8::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u8::MAX));
+    left.saturating_sub(now().since(began))
+}
+
 impl Mesh {
     /// Takes the socket over for data; it becomes non-blocking.
     pub fn new(socket: UdpSocket, counters: Arc<Counters>) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let v6 = socket.local_addr()?.is_ipv6();
         let fd = socket.as_fd();
-        large_buffers(fd, BUFFER);
+        buffer(fd, (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), BUFFER);
+        buffer(fd, (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF), SEND_BUFFER);
         if let Err(error) = set_option(fd, libc::SOL_UDP, UDP_GRO, 1i32) {
             tracing::info!(%error, "no UDP_GRO here: datagrams are read one by one");
         }
         // Slices are made to fit the path; a fragmented one would cost a whole frame.
-        let (level, discover, tos) = if v6 {
-            (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_RECVTCLASS)
-        } else {
-            (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_RECVTOS)
-        };
+        let (level, discover) =
+            if v6 { (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER) } else { (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER) };
         set_option(fd, level, discover, libc::IP_PMTUDISC_PROBE)?;
-        set_option(fd, level, tos, 1i32)?;
-        Ok(Self { socket, v6, gso: true, counters })
+        Ok(Self { socket, v6, gso: true, lost: 0, patience: PATIENCE, counters })
     }
 
     /// For epoll.
@@ -116,6 +132,16 @@ impl Mesh {
                 0
             }
         }
+    }
+
+    /// Datagrams lost between underlay and us since the last call.
+    pub fn losses(&mut self) -> u64 {
+        datagram_losses(self.socket.as_fd(), &mut self.lost)
+    }
+
+    /// A full socket may be waited for again: to be called before each look at what came.
+    pub const fn be_patient(&mut self) {
+        self.patience = PATIENCE;
     }
 
     /// Sends all bursts of an arena, in order.
@@ -144,9 +170,11 @@ impl Mesh {
         let (mut at_once, mut waited) = (self.gso, false);
         loop {
             match send_segments(fd, to, bytes, segment, at_once, sent) {
-                Err(nix::Error::EAGAIN) if !waited => {
+                Err(nix::Error::EAGAIN) if !waited && !self.patience.is_zero() => {
                     waited = true;
-                    let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::from(WAIT_MS));
+                    self.patience = spend(self.patience, |ms| {
+                        let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::from(ms));
+                    });
                 }
                 // EIO: the device cannot checksum; EINVAL also means "a segment is larger than the path", then singles tell.
                 Err(error @ (nix::Error::EIO | nix::Error::EINVAL | nix::Error::EOPNOTSUPP))
@@ -167,6 +195,37 @@ impl Mesh {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_waited_for_a_full_socket_is_not_waited_again() {
+        let left = spend(PATIENCE, |ms| {
+            assert_eq!(ms, 10);
+            std::thread::sleep(Duration::from_millis(4));
+        });
+        assert!(left <= Duration::from_millis(6));
+        let left = spend(left, |ms| std::thread::sleep(Duration::from_millis(ms.into())));
+        assert_eq!(left, Duration::ZERO);
+    }
+
+    #[test]
+    fn datagrams_that_found_no_room_are_counted_once() {
+        let (from, to) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+        set_option(to.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, 4096i32).unwrap();
+        to.set_nonblocking(true).unwrap();
+        let address = to.local_addr().unwrap();
+        for _ in 0..200 {
+            from.send_to(&[7; 1000], address).unwrap();
+        }
+
+        let (mut seen, mut arrived, mut lost) = (0, 0, 0);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while arrived + lost < 200 && std::time::Instant::now() < deadline {
+            arrived += std::iter::from_fn(|| to.recv(&mut [0; 1000]).ok()).count() as u64;
+            lost += datagram_losses(to.as_fd(), &mut seen);
+        }
+        assert_eq!((arrived + lost, arrived > 0, lost > 0), (200, true, true));
+        assert_eq!(datagram_losses(to.as_fd(), &mut seen), 0);
+    }
 
     #[test]
     fn a_burst_that_was_stopped_goes_on_where_it_stopped() {

@@ -1,6 +1,6 @@
 //! What peers say of owned MACs. A peer speaks for itself only: `from` is the host its certificate names.
 
-use super::{Effect, Entry, Given, Got, Key, LIMIT, MoveSeen, Moves, TOMBSTONE, View, at};
+use super::{Effect, Entry, Given, Got, HEARD_MOVES, Key, MoveSeen, Moves, TOMBSTONE, View, at};
 use violin_common::api::switch::MoveState;
 use violin_common::control::mesh::{Message, OwnedAt, Step};
 use violin_common::{Epoch, HostId, Instant, VmId, Vni};
@@ -23,17 +23,19 @@ impl Moves {
         for owned in macs {
             let key = (owned.vni, owned.mac);
             let known = self.entries.contains_key(&key);
-            if owned.mac.is_group() || !known && (!carried(owned.vni) || self.entries.len() >= LIMIT) {
+            if owned.mac.is_group() || !known && !carried(owned.vni) {
                 self.macs_refused += 1;
                 continue;
             }
-            self.owner_heard(now, from, key, owned.epoch);
+            if self.remember(from, key) {
+                self.owner_heard(now, from, key, owned.epoch);
+            }
         }
     }
 
     fn owner_heard(&mut self, now: Instant, from: &HostId, key: Key, epoch: Epoch) {
         let me = self.host.clone();
-        let entry = self.entries.entry(key).or_insert_with(Entry::new);
+        let Some(entry) = self.entries.get_mut(&key) else { return };
         // Somebody owned it later: the speaker has not heard of it, or has started anew and forgotten.
         if let Some((known, host)) = entry.owner.clone()
             && (known > epoch || known == epoch && host < *from)
@@ -87,10 +89,15 @@ impl Moves {
         }
     }
 
-    /// Somebody knows of a later owner than we told it of: `host`, perhaps ourselves before we started anew.
-    pub fn moved_heard(&mut self, now: Instant, owned: OwnedAt, host: HostId) {
+    /// `from` knows of a later owner than we told it of: `host`, perhaps ourselves before we started anew. Of another than
+    /// itself and us that is believed if `absent`: a member we know and are not connected with now, which cannot tell us
+    /// itself.
+    pub fn moved_heard(&mut self, now: Instant, from: &HostId, owned: OwnedAt, host: HostId, absent: bool) {
         let key = (owned.vni, owned.mac);
         let ourselves = host == self.host;
+        if !ourselves && host != *from && !absent || ourselves && owned.epoch.moves > HEARD_MOVES {
+            return;
+        }
         let Some(entry) = self.entries.get_mut(&key) else { return };
         match entry.state {
             MoveState::Owned if ourselves && owned.epoch >= entry.own => {
@@ -161,13 +168,13 @@ impl Moves {
     fn grant_heard(&mut self, now: Instant, from: &HostId, key: Key, epoch: Epoch, vm: &VmId) {
         let host = self.host.clone();
         let Some(entry) = self.entries.get_mut(&key) else {
-            self.remember_released(now, key, epoch);
+            self.remember_released(now, from, key, epoch);
             let why = format!("{host} has no port waiting for MAC {}", key.1);
             return self.step(from, key, epoch, Step::Unready { why });
         };
         if entry.owns() {
             // We started anew after the VM had arrived, and claimed less than what we had been granted.
-            if entry.state == MoveState::Owned && entry.own < epoch {
+            if entry.state == MoveState::Owned && entry.own < epoch && epoch.moves <= HEARD_MOVES {
                 entry.own = epoch;
                 return self.announce(key, Some(from.clone()));
             }
@@ -207,7 +214,7 @@ impl Moves {
     fn release_heard(&mut self, now: Instant, from: &HostId, key: Key, epoch: Epoch) {
         let answer = Step::Released { why: String::new() };
         let Some(entry) = self.entries.get_mut(&key) else {
-            self.remember_released(now, key, epoch);
+            self.remember_released(now, from, key, epoch);
             return self.step(from, key, epoch, answer);
         };
         if entry.owns() && entry.own >= epoch {
@@ -228,13 +235,12 @@ impl Moves {
     }
 
     /// Although nothing is known of the MAC: a grant that was overtaken must be refused.
-    fn remember_released(&mut self, now: Instant, key: Key, epoch: Epoch) {
-        if self.entries.len() >= LIMIT {
-            self.macs_refused += 1;
-            return;
+    fn remember_released(&mut self, now: Instant, from: &HostId, key: Key, epoch: Epoch) {
+        if self.remember(from, key)
+            && let Some(entry) = self.entries.get_mut(&key)
+        {
+            (entry.released, entry.expires) = (epoch, Some(now + TOMBSTONE));
         }
-        let entry = self.entries.entry(key).or_insert_with(Entry::new);
-        (entry.released, entry.expires) = (epoch, Some(now + TOMBSTONE));
     }
 
     /// The destination cannot take the grant. If it had taken it before, it started anew and its port may yet be put back:
@@ -269,11 +275,10 @@ impl Moves {
 
     fn fence_heard(&mut self, now: Instant, from: &HostId, key: Key, epoch: Epoch) {
         let me = self.host.clone();
-        if self.entries.len() >= LIMIT && !self.entries.contains_key(&key) {
-            self.macs_refused += 1;
+        if !self.remember(from, key) {
             return;
         }
-        let entry = self.entries.entry(key).or_insert_with(Entry::new);
+        let Some(entry) = self.entries.get_mut(&key) else { return };
         match entry.state {
             MoveState::Owned | MoveState::Granted | MoveState::Fenced => {
                 // A grant that is over, or was given to another; an epoch we never gave is one we gave before we started anew.

@@ -205,6 +205,7 @@ impl Moves {
 
     /// Time has passed. `connected` says whether a peer can be reached, `complete` that all members have told what they own.
     pub fn tick(&mut self, now: Instant, connected: &dyn Fn(&HostId) -> bool, complete: bool) {
+        self.recount();
         for key in self.entries.keys().copied().collect::<Vec<_>>() {
             let Some(entry) = self.entries.get_mut(&key) else { continue };
             if entry.port.is_none() && entry.expires.is_some_and(|expires| now >= expires) {

@@ -93,10 +93,14 @@ impl World {
     fn deliver(&mut self, index: usize) {
         let (from, to, message) = self.wire.remove(index);
         let from: HostId = NAMES[from].parse().unwrap();
+        let absent = [0, 1, 2].map(|other| !self.reachable(to, other));
         self.at(to, |moves, now| match message {
             Message::Owned { all, macs } => moves.owned_heard(now, &from, all, &macs, &|_| true),
             Message::Disowned(owned) => moves.disowned_heard(&from, owned),
-            Message::Moved { owned, host } => moves.moved_heard(now, owned, host),
+            Message::Moved { owned, host } => {
+                let absent = NAMES.iter().position(|name| *name == host.as_str()).is_some_and(|host| absent[host]);
+                moves.moved_heard(now, &from, owned, host, absent);
+            }
             Message::Move { owned, step } => moves.step_heard(now, &from, owned, step, true),
             other => panic!("moves sent {other:?}"),
         });
@@ -471,6 +475,59 @@ fn the_next_life_of_a_mac_may_begin_at_the_first_epoch_again() {
     world.deliver_all();
 
     assert_eq!((world.state(2), world.state(0)), (Some(MoveState::Granted), Some(MoveState::Prepared)));
+}
+
+#[test]
+fn a_vm_started_anew_where_its_last_move_began_does_not_wait_for_a_dead_destination() {
+    let mut world = World::new();
+    world.port(1, Arriving);
+    world.grant(0, 1);
+    world.deliver_all();
+    world.hypervisor_stops();
+    world.deliver_all();
+    world.cut(1);
+    world.at(0, |moves, now| moves.port_removed(now, key()));
+    let next = Epoch { incarnation: Epoch::FIRST.incarnation + 1, ..Epoch::FIRST };
+
+    world.at(0, |moves, now| {
+        let again = moves.port_added(now, key(), PortId(70), vm(), Here { epoch: Epoch::FIRST }, true);
+        assert!(again.unwrap_err().contains("has not ended"), "the VM may run at its destination");
+        moves.port_added(now, key(), PortId(71), vm(), Here { epoch: next }, true).unwrap();
+    });
+    assert!(world.open(0));
+    world.heal();
+    world.deliver_all();
+
+    assert_eq!((world.state(0), world.state(1)), (Some(MoveState::Owned), Some(MoveState::Released)));
+    assert_eq!(world.switches[2].as_ref().unwrap().seen(key()).unwrap().epoch, next);
+    world.grant(0, 1);
+    world.deliver_all();
+    assert_eq!(world.state(1), Some(MoveState::Prepared));
+}
+
+#[test]
+fn one_peer_cannot_use_up_the_room_for_the_macs_of_others() {
+    let mut moves = Moves::new(NAMES[0].parse().unwrap());
+    let (greedy, modest): (HostId, HostId) = (NAMES[1].parse().unwrap(), NAMES[2].parse().unwrap());
+    let numbered = |number: usize| MacAddr([2, 1, 0, (number >> 16) as u8, (number >> 8) as u8, number as u8]);
+    let named = |number| at((key().0, numbered(number)), Epoch::FIRST);
+    let macs: Vec<OwnedAt> = (0..SHARE - 2).map(named).collect();
+
+    moves.owned_heard(Instant(1), &greedy, false, &macs, &|_| true);
+    moves.step_heard(Instant(1), &greedy, named(SHARE), Step::Release, true);
+    for number in SHARE + 1..SHARE + 4 {
+        moves.step_heard(Instant(1), &greedy, named(number), Step::Fence, true);
+        moves.owned_heard(Instant(1), &greedy, false, &[named(number + 100)], &|_| true);
+    }
+    assert_eq!((moves.entries.len(), moves.macs_refused), (SHARE, 5));
+    moves.owned_heard(Instant(1), &modest, false, &[named(SHARE + 200)], &|_| true);
+    assert_eq!(moves.entries.len(), SHARE + 1);
+
+    // What is forgotten makes room.
+    moves.disowned_heard(&greedy, named(7));
+    moves.tick(Instant(2), &|_| true, true);
+    moves.owned_heard(Instant(2), &greedy, false, &macs, &|_| true);
+    assert_eq!((moves.entries.len(), moves.macs_refused), (SHARE + 1, 5));
 }
 
 #[derive(Debug, Clone)]

@@ -32,6 +32,8 @@ pub struct Vxlan {
     path_mtu: Option<u16>,
     scratch: Vec<u8>,
     out: Vec<u8>,
+    /// Datagrams the kernel has lost so far.
+    lost: u32,
 }
 
 impl Vxlan {
@@ -56,7 +58,7 @@ impl Vxlan {
         header[0] = VNI_VALID;
         header[4..7].copy_from_slice(&vni.value().to_be_bytes()[1..]);
         let (scratch, out) = (Vec::new(), Vec::new());
-        Ok(Self { socket, remote, header, mtu, path_mtu, scratch, out })
+        Ok(Self { socket, remote, header, mtu, path_mtu, scratch, out, lost: 0 })
     }
 }
 
@@ -141,6 +143,10 @@ impl PortIo for Vxlan {
             }
         }
         Ok(())
+    }
+
+    fn losses(&mut self) -> u64 {
+        sys::datagram_losses(self.socket.as_fd(), &mut self.lost)
     }
 
     fn path_mtu(&self) -> Option<u16> {

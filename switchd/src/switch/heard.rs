@@ -1,4 +1,5 @@
-//! What peers say. Nothing of it is believed about others than the host in the peer's certificate.
+//! What peers say. Nothing of it is believed about others than the host in the peer's certificate, but that a MAC has
+//! gone to a member that we cannot reach to hear it from.
 //!
 //! A member is trusted with what it says of itself: one that claims a MAC with a higher epoch gets it.
 
@@ -48,7 +49,8 @@ impl Switch {
                 self.dirty = true;
             }
             Message::Moved { owned, host } => {
-                self.moves.moved_heard(now, owned, host);
+                let absent = self.members.slot(&host).is_some() && self.members.link_to(&host).is_none();
+                self.moves.moved_heard(now, &from, owned, host, absent);
                 self.dirty = true;
             }
             Message::Learned { vni, vid, mac } => self.learned(now, id, vni, vid, mac),

@@ -255,6 +255,30 @@ fn a_join_address_is_called_whatever_others_say_is_there() {
 }
 
 #[test]
+fn hints_of_ever_another_address_make_no_more_calls() {
+    let mut mesh = Mesh::new(2);
+    let (mut now, switch) = (mesh.now, &mut mesh.switches[1]);
+    let told = switch.link_of(&name(1)).unwrap();
+    let (mut calls, mut under_way) = (0, None);
+    for round in 0..200 {
+        let hint = Hint { host: name(7), address: address(10 + round % 2) };
+        switch.handle_message(now, told, Message::Members(vec![hint])).unwrap();
+        now = now + Duration::from_millis(50);
+        if let Some(call) = under_way.take() {
+            switch.handle_called(now, &call);
+        }
+        for call in switch.members.due(now) {
+            assert!(under_way.is_none(), "called while a call is under way");
+            calls += 1;
+            under_way = Some(call);
+        }
+        assert_eq!(switch.members.due(now), [], "called twice at once");
+    }
+    // In 10 s: after 0.2, 0.4, 0.8, 1.6 s and then every 3 s.
+    assert!((4..=8).contains(&calls), "{calls} calls");
+}
+
+#[test]
 fn a_message_before_hello_and_a_false_name_end_the_connection() {
     let mut mesh = Mesh::new(2);
     let switch = &mut mesh.switches[0];
@@ -320,24 +344,71 @@ fn a_request_about_a_move_is_answered_even_if_the_other_end_is_not() {
     assert!(reply.unwrap_err().contains("no answer from the other end"));
 }
 
+/// What switch `at` (from 1) knows of the MAC.
+fn seen(mesh: &Mesh, at: usize) -> (MoveState, Epoch, Option<HostId>) {
+    let seen = mesh.switches[at - 1].moves.seen((vni(5), MAC)).expect("known");
+    (seen.state, seen.epoch, seen.host)
+}
+
+/// `from` says something to `to`; what that leads to is carried out.
+fn say(mesh: &mut Mesh, from: usize, to: usize, message: Message) {
+    let link = mesh.switches[to - 1].link_of(&name(from)).unwrap();
+    mesh.switches[to - 1].handle_message(mesh.now, link, message).unwrap();
+    mesh.settle();
+}
+
+/// A move from h1 to h3 while h2 speaks for others.
 #[test]
 fn a_peer_cannot_disown_or_release_for_another() {
     let mut mesh = Mesh::new(3);
     mesh.port(1, "a", Some(Ownership::Here { epoch: Epoch::FIRST }));
-    let before = mesh.network(2).owned[&MAC];
-    let (&(at, link), _) = mesh.links.iter().find(|((at, _), (to, _))| (*at, *to) == (1, 2)).unwrap();
-    let owned = OwnedAt { vni: vni(5), mac: MAC, epoch: Epoch::FIRST.after(7) };
+    let (owner, told) = (mesh.network(2).owned[&MAC], seen(&mesh, 2));
+    let step = |moves, step| Message::Move { owned: OwnedAt { vni: vni(5), mac: MAC, epoch: Epoch::FIRST.after(moves) }, step };
+    let disowned = |moves| Message::Disowned(OwnedAt { vni: vni(5), mac: MAC, epoch: Epoch::FIRST.after(moves) });
+    say(&mut mesh, 3, 2, disowned(7));
+    assert_eq!((mesh.network(2).owned[&MAC], seen(&mesh, 2)), (owner, told));
 
-    for message in [
-        Message::Disowned(owned),
-        Message::Move { owned, step: Step::Released { why: String::new() } },
-        Message::Move { owned, step: Step::Fenced },
-    ] {
-        mesh.switches[at].handle_message(mesh.now, LinkId(link), message).unwrap();
+    mesh.port(3, "b", Some(Ownership::Arriving));
+    assert_eq!(mesh.ask(1, SwitchRequest::MoveGrant { vni: vni(5), mac: MAC, to: name(3) }), Ok(SwitchReply::Done));
+    let ends = (seen(&mesh, 1), seen(&mesh, 3));
+    assert_eq!((ends.0.0, ends.1.0), (MoveState::Granted, MoveState::Prepared));
+    let nothing = || String::new();
+    for moves in [0, 1, 7] {
+        say(&mut mesh, 2, 1, disowned(moves));
+        say(&mut mesh, 2, 1, step(moves, Step::Released { why: nothing() }));
+        say(&mut mesh, 2, 1, step(moves, Step::Unready { why: nothing() }));
+        say(&mut mesh, 2, 3, disowned(moves));
+        assert_eq!((seen(&mesh, 1), seen(&mesh, 3)), ends, "h2 said it of epoch {moves}");
     }
-    mesh.settle();
+    for message in [step(1, Step::Fenced), step(1, Step::Release), step(7, Step::Released { why: nothing() })] {
+        say(&mut mesh, 2, 3, message);
+    }
+    assert_eq!(mesh.switches[0].moves.outcome((vni(5), MAC), Until::Granted), Some(Ok(())));
 
-    assert_eq!(mesh.network(2).owned[&MAC], before);
+    // The VM runs at h3. Had h2's word fenced the source, h3 would own at once.
+    mesh.switches[2].handle_request(mesh.now, Ticket(99), SwitchRequest::MoveRunning { vni: vni(5), mac: MAC });
+    assert_eq!(seen(&mesh, 3).0, MoveState::Prepared);
+    mesh.settle();
+    assert_eq!((seen(&mesh, 1).0, seen(&mesh, 3).0), (MoveState::Gone, MoveState::Owned));
+}
+
+#[test]
+fn a_peer_neither_mutes_an_owner_in_the_name_of_another_nor_keeps_it_from_moving() {
+    let mut mesh = Mesh::new(3);
+    mesh.port(1, "a", Some(Ownership::Here { epoch: Epoch::FIRST }));
+    let before = seen(&mesh, 1);
+    let last = Epoch { incarnation: u32::MAX, moves: u32::MAX };
+    let owned = OwnedAt { vni: vni(5), mac: MAC, epoch: last };
+    // One that we are connected with, one that nobody knows, and the owner itself.
+    for host in [name(3), name(77), name(1)] {
+        say(&mut mesh, 2, 1, Message::Moved { owned, host });
+        assert_eq!(seen(&mesh, 1), before);
+    }
+    say(&mut mesh, 2, 1, Message::Move { owned, step: Step::Grant { vm: "alpha-c1".parse().unwrap() } });
+    assert_eq!(seen(&mesh, 1), before);
+
+    mesh.port(3, "b", Some(Ownership::Arriving));
+    assert_eq!(mesh.ask(1, SwitchRequest::MoveGrant { vni: vni(5), mac: MAC, to: name(3) }), Ok(SwitchReply::Done));
 }
 
 #[test]
