@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::error::{Doing, LabError, Result};
+use crate::process::wait_for;
 use nix::sched::{CloneFlags, setns};
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -11,6 +12,7 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 /// Folder of the named namespaces.
 pub const NAMESPACES: &str = "/run/netns";
@@ -101,8 +103,15 @@ pub(crate) fn create(netns: &str) -> Result<()> {
 }
 
 /// Removes a named namespace if it is there; interfaces in it go when its last process is gone.
+///
+/// Tried again for some seconds: an `ip netns add` whose caller was killed may be about to mount it ("Device or resource busy").
 pub(crate) fn remove(netns: &str) -> Result<()> {
-    if path(netns).exists() { ip(None, &format!("netns delete {netns}")).map(|_| ()) } else { Ok(()) }
+    let mut last = Ok(());
+    let gone = wait_for("a namespace to be removed", Duration::from_secs(5), None, || {
+        last = if path(netns).exists() { ip(None, &format!("netns delete {netns}")).map(|_| ()) } else { Ok(()) };
+        Ok(last.is_ok())
+    });
+    gone.or(last)
 }
 
 /// All named namespaces.

@@ -184,6 +184,18 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
             }
         }
     }
+    // A VM that a move might have left here runs where it was.
+    let State { vms, .. } = &world.state;
+    let doubted = vms.iter().filter(|(vm, known)| known.doubt.as_ref() == Some(host) && world.state.moving_to(vm).is_none());
+    let found: Vec<_> = doubted
+        .filter(|(vm, _)| list.iter().all(|seen| seen.vm != **vm))
+        .map(|(vm, known)| RecordV1::VmFound { vm: vm.clone(), host: known.host.clone() })
+        .collect();
+    for record in found {
+        if let Err(words) = shared.record(&mut world, record) {
+            tracing::error!("{words}");
+        }
+    }
     // What should be here and is not has ended by itself.
     let here = world.state.vms.iter().filter(|(_, known)| known.host == *host);
     let up = here.filter(|(_, known)| world.state.environments.get(&known.environment).is_some_and(|env| env.life == Life::Up));

@@ -47,11 +47,12 @@ fn of_known_length(local: &Path) -> io::Result<File> {
 }
 
 /// Receives a file on a node, in its shell's words. A connection that breaks ends `cat` as a whole file does: only the length
-/// tells them apart. A pipe or device is written as it comes; a link stays one; mode and owner stay.
+/// tells them apart. A pipe, a device or a file of the kernel's is written as it comes; a link stays one; mode and owner stay.
 fn receiving(path: &str, bytes: u64) -> String {
     let path = quoted(path);
     format!(
         r#"path=$(readlink -f -- {path}) || path={path}
+case $path in /proc/*|/sys/*) exec cat > "$path";; esac
 if [ -e "$path" ] && [ ! -f "$path" ]; then exec cat > "$path"; fi
 part=$path.$$.part
 set -C

@@ -18,9 +18,34 @@ use violin_common::{EnvironmentId, HostId};
 /// One that is open.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Access {
+    /// Name of the namespace: it stays what it was when this monitor is given another mark.
+    #[serde(default)]
+    name: String,
     network: NetworkSpec,
     address: Ipv4Addr,
     prefix_len: u8,
+}
+
+/// Name of a namespace: mark of its monitor, environment and host. No mark holds a dot: that of a lab `a` begins no name of a
+/// lab `a-b`.
+fn name(mark: &str, environment: &EnvironmentId, host: &HostId) -> String {
+    format!("va-{mark}.{environment}-{host}")
+}
+
+impl Access {
+    fn netns(&self) -> String {
+        format!("/run/netns/{}", self.name)
+    }
+
+    /// Name of the TAP, in the switch's namespace for a moment and then in the access namespace.
+    fn interface(&self) -> String {
+        format!("va{:08x}", super::sandbox::short_hash(self.name.as_bytes()))
+    }
+
+    fn port<'a>(&self, ports: &'a [PortSeen]) -> Option<&'a PortSeen> {
+        let wanted = self.netns();
+        ports.iter().find(|port| matches!(&port.spec.kind, PortKind::Tap { netns: Some(netns), .. } if *netns == wanted))
+    }
 }
 
 /// All of this host.
@@ -56,7 +81,7 @@ impl Accesses {
     pub(crate) fn open(run: &Path, host: &HostId, mark: Option<&str>, switch: Switch) -> io::Result<Self> {
         fs::create_dir_all(run)?;
         let file = run.join("access.json");
-        let open = match fs::read(&file) {
+        let mut open: BTreeMap<EnvironmentId, Access> = match fs::read(&file) {
             Ok(text) => serde_json::from_slice(&text).map_err(io::Error::other)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
             Err(error) => return Err(error),
@@ -64,23 +89,11 @@ impl Accesses {
         let folder = run.canonicalize()?;
         let from_folder = || format!("{:06x}", super::sandbox::short_hash(folder.as_os_str().as_encoded_bytes()) & 0xff_ffff);
         let mark = mark.map_or_else(from_folder, str::to_owned);
+        // An earlier version kept no names.
+        for (environment, access) in open.iter_mut().filter(|(_, access)| access.name.is_empty()) {
+            access.name = name(&mark, environment, host);
+        }
         Ok(Self { file, mark, host: host.clone(), switch, open: Mutex::new(open) })
-    }
-
-    /// Name of the namespace: mark of this monitor, environment and host. No mark holds a dot: that of a lab `a` begins no name
-    /// of a lab `a-b`.
-    fn name(&self, environment: &EnvironmentId) -> String {
-        format!("va-{}.{environment}-{}", self.mark, self.host)
-    }
-
-    fn netns(&self, environment: &EnvironmentId) -> String {
-        format!("/run/netns/{}", self.name(environment))
-    }
-
-    /// Name of the TAP, in the switch's namespace for a moment and then in the access namespace.
-    fn interface(&self, environment: &EnvironmentId) -> String {
-        let key = super::sandbox::short_hash(self.name(environment).as_bytes());
-        format!("va{key:08x}")
     }
 
     fn write(&self, open: &BTreeMap<EnvironmentId, Access>) -> io::Result<()> {
@@ -98,59 +111,57 @@ impl Accesses {
         prefix_len: u8,
     ) -> Result<String, AccessError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let access = Access { network: network.clone(), address, prefix_len };
-        if open.get(environment).is_some_and(|old| *old != access) {
-            self.remove(environment)?;
+        let name = name(&self.mark, environment, &self.host);
+        let access = Access { name, network: network.clone(), address, prefix_len };
+        if let Some(old) = open.get(environment).filter(|old| **old != access) {
+            self.remove(old)?;
         }
         open.insert(environment.clone(), access.clone());
         self.write(&open)?;
-        if let Err(error) = self.make(environment, &access) {
-            let _ = self.remove(environment);
+        if let Err(error) = self.make(&access) {
+            let _ = self.remove(&access);
             open.remove(environment);
             self.write(&open)?;
             return Err(error);
         }
-        Ok(self.netns(environment))
+        Ok(access.netns())
     }
 
-    fn make(&self, environment: &EnvironmentId, access: &Access) -> Result<(), AccessError> {
-        let (name, interface, netns) = (self.name(environment), self.interface(environment), self.netns(environment));
+    fn make(&self, access: &Access) -> Result<(), AccessError> {
+        let (name, interface, netns) = (&access.name, access.interface(), access.netns());
         if !Path::new(&netns).exists() {
-            ip(&["netns", "add", &name])?;
+            ip(&["netns", "add", name])?;
         }
         self.switch.tell(&SwitchRequest::NetworkAdd(access.network.clone()))?;
-        if self.port(environment, &self.switch.ports()?).is_none() {
+        if access.port(&self.switch.ports()?).is_none() {
             let kind = PortKind::Tap { interface: interface.clone(), netns: Some(netns) };
             self.switch.add_port(PortSpec { vni: access.network.vni, kind, owned: None })?;
         }
         let address = format!("{}/{}", access.address, access.prefix_len);
-        ip(&["-n", &name, "link", "set", "lo", "up"])?;
-        ip(&["-n", &name, "link", "set", &interface, "mtu", &access.network.mtu.to_string()])?;
-        ip(&["-n", &name, "address", "replace", &address, "dev", &interface])?;
-        ip(&["-n", &name, "link", "set", &interface, "up"])?;
+        ip(&["-n", name, "link", "set", "lo", "up"])?;
+        ip(&["-n", name, "link", "set", &interface, "mtu", &access.network.mtu.to_string()])?;
+        ip(&["-n", name, "address", "replace", &address, "dev", &interface])?;
+        ip(&["-n", name, "link", "set", &interface, "up"])?;
         Ok(())
-    }
-
-    fn port<'a>(&self, environment: &EnvironmentId, ports: &'a [PortSeen]) -> Option<&'a PortSeen> {
-        let wanted = self.netns(environment);
-        ports.iter().find(|port| matches!(&port.spec.kind, PortKind::Tap { netns: Some(netns), .. } if *netns == wanted))
     }
 
     /// Removes one; none there is no error.
     pub(crate) fn close(&self, environment: &EnvironmentId) -> Result<(), AccessError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        self.remove(environment)?;
-        open.remove(environment);
-        self.write(&open)?;
+        if let Some(access) = open.get(environment) {
+            self.remove(access)?;
+            open.remove(environment);
+            self.write(&open)?;
+        }
         Ok(())
     }
 
-    fn remove(&self, environment: &EnvironmentId) -> Result<(), AccessError> {
-        if let Some(port) = self.port(environment, &self.switch.ports()?) {
+    fn remove(&self, access: &Access) -> Result<(), AccessError> {
+        if let Some(port) = access.port(&self.switch.ports()?) {
             self.switch.tell(&SwitchRequest::PortRemove { port: port.port })?;
         }
-        if Path::new(&self.netns(environment)).exists() {
-            ip(&["netns", "delete", &self.name(environment)])?;
+        if Path::new(&access.netns()).exists() {
+            ip(&["netns", "delete", &access.name])?;
         }
         Ok(())
     }
@@ -158,9 +169,9 @@ impl Accesses {
     /// Makes again the ports a restarted switch has lost.
     pub(crate) fn heal(&self, ports: &[PortSeen]) {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        for (environment, access) in open.iter().filter(|(environment, _)| self.port(environment, ports).is_none()) {
+        for (environment, access) in open.iter().filter(|(_, access)| access.port(ports).is_none()) {
             tracing::warn!(%environment, "the switch has lost the access port; making it again");
-            if let Err(error) = self.make(environment, access) {
+            if let Err(error) = self.make(access) {
                 tracing::warn!(%environment, %error, "making the access port again; trying again next time");
             }
         }

@@ -119,12 +119,13 @@ impl Monitor {
     /// Ends a VM. While one asker waits for that, another is refused: who asks again every few seconds must not fill the host
     /// with threads that wait.
     pub(super) fn stop_once(&self, vm: &VmId) -> Result<(), Trouble> {
+        // One that is being moved must not be waited for until it has gone. Each asker says so anew: at first the hypervisor may
+        // have no job yet that it could abort.
+        let _ = self.hypervisor.abort(vm);
         self.stops.at_once(vm, |first| {
             if !first {
                 return Err(format!("{vm} is being stopped already; ask again when that, and what it waits for, is done"));
             }
-            // One that is being moved must not be waited for until it has gone.
-            let _ = self.hypervisor.abort(vm);
             self.alone(vm, || self.stop(vm))
         })
     }
