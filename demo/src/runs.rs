@@ -83,7 +83,7 @@ pub(crate) struct Recorded {
 pub(crate) fn play(options: &Options, stage: &Stage, cast: &Cast) -> Result<Recorded> {
     let evidence = options.out.join("evidence");
     stage.ask(&AdaptRequest::SetMode(Mode::Observe))?;
-    let (target, guess) = if options.guests == Guests::Qemu { (55.0, 1180) } else { (10.0, 600) };
+    let (target, guess) = if options.guests == Guests::Qemu { (53.0, 1240) } else { (10.0, 600) };
     // Under what every run carries: among TCG guests it makes HPL a third slower.
     let carried = Transfers::start(&stage.operator, 5000)?;
     let n = hpl::calibrate(&stage.operator, guess, target, &evidence)?;
