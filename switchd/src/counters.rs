@@ -1,7 +1,7 @@
 //! What the data plane counts; written by workers, read by anybody, never locked.
 
 use crate::drops::DropReason;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use violin_common::Instant;
 use violin_common::api::switch::{Counter, PortTraffic};
 
@@ -12,6 +12,9 @@ pub struct PortCounters {
     bytes_in: AtomicU64,
     frames_out: AtomicU64,
     bytes_out: AtomicU64,
+    oversize: AtomicU64,
+    /// Whether the control side has heard of the first of them.
+    oversize_told: AtomicBool,
     /// Nanoseconds; 0: never.
     last_out: AtomicU64,
 }
@@ -30,6 +33,15 @@ impl PortCounters {
         self.last_out.store(now.0, Relaxed);
     }
 
+    /// Counts a frame taken from the port that is larger than its network's MTU; `tell` is asked until it says that the
+    /// control side knows.
+    pub fn oversized(&self, tell: impl FnOnce() -> bool) {
+        self.oversize.fetch_add(1, Relaxed);
+        if !self.oversize_told.load(Relaxed) && tell() {
+            self.oversize_told.store(true, Relaxed);
+        }
+    }
+
     /// All figures now.
     pub fn snapshot(&self) -> PortTraffic {
         let last_out = self.last_out.load(Relaxed);
@@ -38,6 +50,7 @@ impl PortCounters {
             bytes_in: self.bytes_in.load(Relaxed),
             frames_out: self.frames_out.load(Relaxed),
             bytes_out: self.bytes_out.load(Relaxed),
+            oversize: self.oversize.load(Relaxed),
             last_out: (last_out != 0).then_some(Instant(last_out)),
         }
     }
@@ -130,6 +143,8 @@ pub struct Counters {
     pub floods: AtomicU64,
     /// Late frames forwarded once, tunnel to tunnel, because their MAC had just moved.
     pub late_forwards: AtomicU64,
+    /// Frames of ports larger than their network's MTU, carried all the same.
+    pub oversize_carried: AtomicU64,
     /// "Too big" answers sent on behalf of a gateway.
     pub too_big_answers: AtomicU64,
     /// Learned sources, new or moved.
@@ -144,6 +159,7 @@ impl Counters {
         let named = [
             ("floods", &self.floods),
             ("late-forwards", &self.late_forwards),
+            ("oversize-carried", &self.oversize_carried),
             ("too-big-answers", &self.too_big_answers),
             ("learned", &self.learned),
             ("events-lost", &self.events_lost),

@@ -26,7 +26,7 @@ macro_rules! reasons {
 reasons! {
     /// The frame is shorter than an Ethernet header.
     Runt = "runt",
-    /// The layer-3 packet (or one segment of a super-frame) is larger than the network's MTU.
+    /// The layer-3 packet (or one segment of a super-frame) is larger than 9000 bytes; from a gateway, than the network's MTU.
     TooBig = "too-big",
     /// The source address is a group address or zero, which no station has.
     BadSource = "bad-source",

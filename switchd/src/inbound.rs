@@ -15,7 +15,7 @@ use crate::worker::{Egress, Passing, Worker, largest_frame};
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
 use violin_common::wire::ethernet::Header;
-use violin_common::wire::mesh::{Kind, OUTER_LEN, Outer, SLICE_LEN, Segmentation, Slice, mark};
+use violin_common::wire::mesh::{Kind, LARGEST_PACKET, OUTER_LEN, Outer, SLICE_LEN, Segmentation, Slice, mark};
 use violin_common::{Instant, MacAddr};
 
 /// Parts one write can take: IOV_MAX is 1024, and a port adds headers of its own.
@@ -115,8 +115,9 @@ impl Worker {
         // Opening a sealed body belongs here, before anything in it is believed.
         let body = datagram.get(OUTER_LEN..).ok_or(DropReason::BadDatagram)?;
         let slice = Slice::parse(body).map_err(|_| DropReason::BadSlice)?;
-        let network =
-            tables.networks.get(&slice.vni).filter(|_| peer.networks.contains(&slice.vni)).ok_or(DropReason::ForeignNetwork)?;
+        if !tables.networks.contains_key(&slice.vni) || !peer.networks.contains(&slice.vni) {
+            return Err(DropReason::ForeignNetwork);
+        }
         let bytes = body.get(SLICE_LEN..).ok_or(DropReason::BadSlice)?;
 
         if slice.segmentation != Segmentation::None {
@@ -131,7 +132,7 @@ impl Worker {
             return Ok(());
         }
         self.emerge(now, tables, merging.0.take(), out);
-        if slice.total as usize > largest_frame(network.mtu) {
+        if slice.total as usize > largest_frame() {
             return Err(DropReason::TooBig);
         }
         if slice.offset == 0 && slice.total as usize == bytes.len() {
@@ -216,7 +217,7 @@ impl Worker {
         if destination.is_link_local() {
             return Err(DropReason::LinkLocal);
         }
-        if passing.packet_len() > usize::from(network.mtu) {
+        if passing.packet_len() > usize::from(LARGEST_PACKET) {
             return Err(DropReason::TooBig);
         }
         let moved = marks & mark::MOVED != 0;

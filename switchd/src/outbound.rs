@@ -13,6 +13,7 @@ use crate::virtio::Offload;
 use crate::worker::{Egress, Frame, Leaving, Passing, Worker, packet_len};
 use std::sync::atomic::Ordering::Relaxed;
 use violin_common::wire::ethernet::Header;
+use violin_common::wire::mesh::LARGEST_PACKET;
 use violin_common::{Instant, MacAddr, Vni};
 
 impl Worker {
@@ -60,7 +61,9 @@ impl Worker {
         }
         self.admit_source(now, (slot, port, network), source, out)?;
         let (offload, transport) = settle(frame.bytes, &header, frame.offload?)?;
-        if packet_len(&header, &offload, frame.bytes.len()) > usize::from(network.mtu) {
+        let packet = packet_len(&header, &offload, frame.bytes.len());
+        let oversize = packet > usize::from(network.mtu);
+        if oversize && (port.gateway || packet > usize::from(LARGEST_PACKET)) {
             return Err(self.refuse_size(now, (slot, port, network), &header, frame.bytes, out));
         }
         if port.source == SourceRule::Learn {
@@ -88,7 +91,17 @@ impl Worker {
                 self.leaving.extend(network.peers.iter().map(|&peer| leaving(peer)));
             }
         }
+        if oversize {
+            self.note_oversize((slot, port), packet, out);
+        }
         Ok(())
+    }
+
+    /// A black hole would be worse than a second datagram: the station is served, and the operator told once.
+    fn note_oversize(&self, (slot, port): (PortSlot, &Port), packet: usize, out: &mut dyn Egress) {
+        self.counters.oversize_carried.fetch_add(1, Relaxed);
+        let len = u16::try_from(packet).unwrap_or(u16::MAX);
+        port.traffic.oversized(|| self.tell(WorkerEvent::Oversize { port: slot, len }, out));
     }
 
     fn admit_source(
@@ -114,7 +127,7 @@ impl Worker {
             Learned::New | Learned::Moved { .. } => {
                 self.counters.learned.fetch_add(1, Relaxed);
                 let event = WorkerEvent::Learned { vni: port.vni, vid: header.outer_vid, mac: header.source, port: slot };
-                self.tell(event, out);
+                let _ = self.tell(event, out);
             }
             Learned::Refreshed | Learned::Flapping | Learned::Refused => (),
         }

@@ -8,8 +8,9 @@ use std::time::Duration;
 use violin_common::wire::mesh::Slice;
 use violin_common::{Instant, Vni};
 
-/// Unfinished frames of one peer.
-pub const MAX_FRAMES: usize = 16;
+/// Unfinished frames of one peer. Stations with a larger MTU than their network's send nothing else at full speed: on a path
+/// that reorders, so many frames overtake each other.
+pub const MAX_FRAMES: usize = 64;
 /// Bytes of one frame.
 pub const MAX_FRAME: usize = 65_600;
 /// Pieces of one frame that do not touch each other.

@@ -295,6 +295,17 @@ impl Switch {
                 self.tell_carriers(vni, &Message::Learned { vni, vid, mac });
             }
             WorkerEvent::Learned { .. } => {}
+            WorkerEvent::Oversize { port, len } => {
+                let port = self.port_of(port).and_then(|id| Some((id, &self.ports.get(&id)?.spec)));
+                let Some((port, spec)) = port else { return };
+                let mtu = self.networks.get(&spec.vni).map_or(0, |network| network.spec.mtu);
+                tracing::warn!(
+                    %port, at = ?spec.kind, vni = %spec.vni, bytes = len, mtu,
+                    "a station sends packets larger than its network's MTU: they are carried, in more datagrams and so \
+                     slower (counter oversize-carried); want the station's MTU at {mtu}, or a larger `mtu` of the network on \
+                     every host"
+                );
+            }
             WorkerEvent::Stolen { vni, mac, port } => {
                 let port = self.slots.get(usize::from(port.0)).copied().flatten();
                 tracing::warn!(%vni, %mac, ?port, "a port used a MAC that somebody else owns; refused");

@@ -139,6 +139,13 @@ pub enum WorkerEvent {
         /// Where.
         port: PortSlot,
     },
+    /// The first frame of a port that was larger than its network's MTU; worth telling the operator.
+    Oversize {
+        /// Where.
+        port: PortSlot,
+        /// Length of its packet, or of one segment.
+        len: u16,
+    },
     /// A port used a MAC that somebody else owns: refused; worth telling the operator.
     Stolen {
         /// Network.

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 use violin_common::wire::ethernet::{Header, TAG_LEN};
+use violin_common::wire::mesh::LARGEST_PACKET;
 use violin_common::{Instant, MacAddr, PortId, Vni};
 
 /// Frames one port may have on hold.
@@ -283,10 +284,12 @@ impl Worker {
         self.arena.clear();
     }
 
-    pub(crate) fn tell(&self, event: WorkerEvent, out: &mut dyn Egress) {
-        if !out.tell(event) {
+    pub(crate) fn tell(&self, event: WorkerEvent, out: &mut dyn Egress) -> bool {
+        let told = out.tell(event);
+        if !told {
             self.counters.events_lost.fetch_add(1, Relaxed);
         }
+        told
     }
 
     /// Reports a stolen MAC, once a second at most.
@@ -295,7 +298,7 @@ impl Worker {
             return;
         }
         self.stolen.insert((vni, mac, port), now);
-        self.tell(WorkerEvent::Stolen { vni, mac, port }, out);
+        let _ = self.tell(WorkerEvent::Stolen { vni, mac, port }, out);
     }
 
     pub(crate) fn note_traffic(&mut self) {
@@ -329,9 +332,9 @@ pub(crate) fn packet_len(header: &Header, offload: &Offload, len: usize) -> usiz
     len.saturating_sub(header.payload)
 }
 
-/// Largest frame of a network: two tags are not part of the MTU.
-pub(crate) const fn largest_frame(mtu: u16) -> usize {
-    mtu as usize + violin_common::wire::ethernet::HEADER_LEN + 2 * TAG_LEN
+/// Largest frame that is not a super-frame: two tags are not part of the packet.
+pub(crate) const fn largest_frame() -> usize {
+    LARGEST_PACKET as usize + violin_common::wire::ethernet::HEADER_LEN + 2 * TAG_LEN
 }
 
 pub(crate) fn port_of(tables: &Forwarding, slot: PortSlot) -> Option<(&Port, &Network)> {

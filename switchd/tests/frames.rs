@@ -10,8 +10,10 @@ use switchd::io::sys;
 use violin_common::api::switch::PortKind;
 
 const HEADROOM: usize = 4;
-/// Larger than the network's, so that the switch and not the guest's interface refuses.
-const GUEST_MTU: u16 = 9000;
+/// Larger than what crosses, so that the switch and not the guest's interface refuses.
+const GUEST_MTU: u16 = 9500;
+/// Packets larger than that are refused, though the network's MTU is smaller.
+const LARGEST: usize = violin_common::wire::mesh::LARGEST_PACKET as usize;
 
 /// A raw socket on a guest's interface.
 struct Station {
@@ -53,8 +55,8 @@ impl Station {
     }
 }
 
-/// Frames of every kind we could think of, and why the switch should refuse them, if it should.
-fn odd_frames() -> Vec<(Vec<u8>, Option<&'static str>)> {
+/// Frames of every kind we could think of, and why the switch should refuse them, if it should. `largest`: packet that passes.
+fn odd_frames(largest: usize) -> Vec<(Vec<u8>, Option<&'static str>)> {
     let mut all: Vec<(Vec<u8>, Option<&'static str>)> = Vec::new();
     let station = [0x52, 0x54, 0, 0, 1, 1];
     let head = |to: [u8; 6], rest: &[u8]| [&to[..], &station, rest].concat();
@@ -74,8 +76,9 @@ fn odd_frames() -> Vec<(Vec<u8>, Option<&'static str>)> {
     for len in [0, 1, 2, 17, 45, 46, 47, 500, 1399, 1400] {
         all.push(([head(unicast, &[0x88, 0xb5]), body(len, 1)].concat(), None));
     }
-    for len in [1401, 1500, 4000, 8900] {
-        all.push(([head(unicast, &[0x88, 0xb5]), body(len, 1)].concat(), Some("too-big")));
+    for len in [1401, 1500, 4000, 8999, 9000, 9001, 9100] {
+        let refused = (len > largest).then_some("too-big");
+        all.push(([head(unicast, &[0x88, 0xb5]), body(len, 1)].concat(), refused));
     }
     for tag in [0x8100u16, 0x88a8] {
         for tci in [0x0000u16, 0x0001, 0x0fff, 0x6005, 0xf123] {
@@ -144,13 +147,13 @@ fn cut_off_ip(frame: &[u8]) -> bool {
 }
 
 /// Says every frame at `from`; it must be heard unchanged at `to`, or be refused under its name. `kernel`: one end is a
-/// kernel's VXLAN device.
-fn conform(from: &Station, to: &mut Station, switches: [&Host; 2], kernel: bool) {
+/// kernel's VXLAN device. `largest`: packet that passes.
+fn conform(from: &Station, to: &mut Station, switches: [&Host; 2], kernel: bool, largest: usize) {
     let refusals = |reason: &str| -> u64 {
         let name = format!("drop.{reason}");
         switches.iter().flat_map(|host| host.counters.snapshot()).filter(|c| c.name == name).map(|c| c.value).sum()
     };
-    let frames = odd_frames();
+    let frames = odd_frames(largest);
     assert!(frames.len() >= 200, "{}", frames.len());
     for (frame, refused) in frames {
         if kernel && cut_off_ip(&frame) {
@@ -190,12 +193,12 @@ fn odd_frames_cross_packet_and_tap_ports_bit_exact_or_are_refused_by_name() {
     quiet(&g2, "eth0");
     let (mut packet, mut tap) = (Station::on(&g1, "eth0"), Station::on(&g2, "eth0"));
 
-    conform(&packet, &mut tap, [&a, &b], false);
+    conform(&packet, &mut tap, [&a, &b], false, LARGEST);
     // The stations' addresses move to the other side: forget them first.
     for host in [&a, &b] {
         host.tables.load().networks[&vni(5)].fdb.flush();
     }
-    conform(&tap, &mut packet, [&a, &b], false);
+    conform(&tap, &mut packet, [&a, &b], false, LARGEST);
 }
 
 #[test]
@@ -217,9 +220,10 @@ fn odd_frames_cross_a_gateway_bit_exact_or_are_refused_by_name() {
     quiet(&foreign, "vx");
     let (mut gateway, mut packet) = (Station::on(&foreign, "vx"), Station::on(&g2, "eth0"));
 
-    conform(&packet, &mut gateway, [&a, &b], true);
+    conform(&packet, &mut gateway, [&a, &b], true, LARGEST);
     for host in [&a, &b] {
         host.tables.load().networks[&vni(5)].fdb.flush();
     }
-    conform(&gateway, &mut packet, [&a, &b], true);
+    // A foreign tunnel end is told what the network's MTU is.
+    conform(&gateway, &mut packet, [&a, &b], true, MTU.into());
 }

@@ -27,6 +27,8 @@ struct Out {
     /// Receiver, sender's slot for it, datagram.
     sent: Vec<(SocketAddr, Vec<u8>)>,
     events: Vec<WorkerEvent>,
+    /// Has no room for events.
+    deaf: bool,
     path_mtu: Option<u16>,
 }
 
@@ -57,8 +59,10 @@ impl Egress for Out {
     }
 
     fn tell(&mut self, event: WorkerEvent) -> bool {
-        self.events.push(event);
-        true
+        if !self.deaf {
+            self.events.push(event);
+        }
+        !self.deaf
     }
 }
 
@@ -226,8 +230,8 @@ proptest! {
     }
 
     #[test]
-    fn jumbo_frames_cross_small_paths(len in 46usize..8986, room in 600u16..1500) {
-        let mut all = hosts(2, 9000, room);
+    fn jumbo_frames_cross_small_paths(len in 46usize..9001, room in 600u16..1500, mtu in 576u16..9001) {
+        let mut all = hosts(2, mtu, room);
         let bytes = frame(mac(1), mac(2), len);
         all[0].speak(PORT, Offload::default(), &bytes);
         prop_assert!(all[0].out.sent.iter().all(|(_, datagram)| datagram.len() <= usize::from(room)));
@@ -236,10 +240,10 @@ proptest! {
     }
 
     #[test]
-    fn super_frames_with_segments_larger_than_the_path_cross_too(payload in 9000usize..40_000) {
-        let mut all = hosts(2, 9000, 1472);
+    fn super_frames_with_segments_larger_than_the_path_cross_too(payload in 9000usize..40_000, mtu in 576u16..9001, size in 1460u16..8961) {
+        let mut all = hosts(2, mtu, 1472);
         let (offload, bytes) = tcp(payload);
-        all[0].speak(PORT, Offload { segment_size: 8000, ..offload }, &bytes);
+        all[0].speak(PORT, Offload { segment_size: size, ..offload }, &bytes);
         carry(&mut all);
         let mut got: Vec<_> = Vec::new();
         for (_, _, frame) in &all[1].out.delivered {
@@ -320,6 +324,67 @@ fn no_spoiled_slice_panics() {
     for reason in [BadDatagram, BadSlice, ReassemblyOverlap, ReassemblyTimeout, UnknownReceiver] {
         assert!(reached.get()[reason as usize] > 0, "never met {}", reason.name());
     }
+}
+
+#[test]
+fn frames_larger_than_the_network_s_mtu_are_carried_counted_and_told_once() {
+    let mut all = hosts(2, 1400, 1472);
+    let (offload, super_frame) = tcp(20_000);
+    let counted = |host: &Host| {
+        let all = host.counters.snapshot();
+        let counted = all.into_iter().find(|counter| counter.name == "oversize-carried").map(|counter| counter.value);
+        (counted, host.tables.ports[0].as_ref().unwrap().traffic.snapshot().oversize)
+    };
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 1400));
+    assert_eq!(counted(&all[0]), (Some(0), 0));
+
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 9000));
+    all[0].speak(PORT, Offload { segment_size: 8960, ..offload }, &super_frame);
+    carry(&mut all);
+
+    assert_eq!(all[1].out.delivered.len(), 2 + 3);
+    assert_eq!(counted(&all[0]), (Some(2), 2));
+    let learned = WorkerEvent::Learned { vni: vni(5), vid: 0, mac: mac(1), port: PORT };
+    assert_eq!(all[0].out.events, [learned, WorkerEvent::Oversize { port: PORT, len: 9000 }]);
+}
+
+#[test]
+fn an_event_that_found_no_room_is_told_with_the_next_oversize_frame() {
+    let mut all = hosts(2, 1400, 1472);
+    all[0].out.deaf = true;
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 1500));
+    all[0].out.deaf = false;
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 1501));
+    assert_eq!(all[0].out.events, [WorkerEvent::Oversize { port: PORT, len: 1501 }]);
+}
+
+#[test]
+fn what_a_gateway_brings_and_is_larger_than_the_network_s_mtu_is_refused_and_answered() {
+    let mut all = hosts(2, 1400, 1472);
+    all[0].tables.ports[0].as_mut().unwrap().gateway = true;
+    let mut big = Vec::new();
+    let builder = etherparse::PacketBuilder::ethernet2(mac(1).0, mac(2).0).ipv6([1; 16], [2; 16], 9);
+    builder.udp(7, 9).write(&mut big, &[7; 1400]).unwrap();
+
+    all[0].speak(PORT, Offload::default(), &big);
+
+    assert_eq!((carry(&mut all), all[0].counters.drops.of(DropReason::TooBig)), (0, 1));
+    assert_eq!(all[0].out.delivered.len(), 1, "the answer");
+}
+
+#[test]
+fn no_slice_makes_room_for_a_frame_larger_than_what_crosses() {
+    let mut all = hosts(2, 9000, 1472);
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 9000));
+    let mut first = all[0].out.sent.remove(0).1;
+    // The whole frame's length: 9000, a header and two tags is the largest.
+    first[27..30].copy_from_slice(&9023u32.to_be_bytes()[1..]);
+    all[1].hear(address(0), &[first.clone()]);
+    assert_eq!(all[1].counters.drops.of(DropReason::TooBig), 1);
+
+    first[27..30].copy_from_slice(&9022u32.to_be_bytes()[1..]);
+    all[1].hear(address(0), &[first]);
+    assert_eq!(all[1].counters.drops.total(), 1);
 }
 
 #[test]
@@ -472,7 +537,7 @@ fn odd_frames_are_refused_by_name() {
     refused(&[0; 13], DropReason::Runt);
     refused(&frame(mac(1), MacAddr([1, 0, 0, 0, 0, 1]), 50), DropReason::BadSource);
     refused(&frame(MacAddr([1, 0x80, 0xc2, 0, 0, 3]), mac(1), 50), DropReason::LinkLocal);
-    refused(&frame(mac(2), mac(1), 1401), DropReason::TooBig);
+    refused(&frame(mac(2), mac(1), 9001), DropReason::TooBig);
     assert_eq!(carry(&mut all), 0);
 }
 

@@ -83,7 +83,11 @@ pub(crate) fn ports(target: &Target, output: Output, of: Of) -> Result<()> {
                     or_dash(owned.map(|owned| &owned.vm)),
                     or_dash(port.state.map(|state| format!("{state:?}").to_lowercase())),
                     or_dash(port.epoch),
-                    format!("{} frames", port.traffic.frames_in),
+                    match port.traffic.oversize {
+                        0 => format!("{} frames", port.traffic.frames_in),
+                        // Larger than the network's MTU: carried, but whoever wonders about the speed finds it here.
+                        some => format!("{} frames, {some} oversize", port.traffic.frames_in),
+                    },
                     format!("{} frames", port.traffic.frames_out),
                 ]
             },

@@ -215,6 +215,9 @@ pub struct PortTraffic {
     pub frames_out: u64,
     /// Bytes of them.
     pub bytes_out: u64,
+    /// Frames taken whose packets (or segments) are larger than the network's MTU; carried all the same.
+    #[serde(default)]
+    pub oversize: u64,
     /// When a frame was last written to the port.
     pub last_out: Option<Instant>,
 }

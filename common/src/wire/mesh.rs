@@ -17,6 +17,8 @@ pub const OVERHEAD: usize = OUTER_LEN + SLICE_LEN;
 /// Largest network MTU that fits an underlay MTU of 1500 over IPv4 with two VLAN tags in the frame: 1500 − 28 (IP, UDP) −
 /// [`OVERHEAD`] − [`TAG_LEN`] − 22 (Ethernet, two tags) leaves 1402.
 pub const DEFAULT_MTU: u16 = 1400;
+/// Largest layer-3 packet (or segment of a super-frame) that crosses, also on a network with a smaller MTU.
+pub const LARGEST_PACKET: u16 = 9000;
 
 /// Whether a datagram that came to the mesh port belongs to QUIC. Source: RFC 9000 §17.2, §17.3 (fixed bit).
 pub const fn is_quic(first_byte: u8) -> bool {

@@ -1,6 +1,7 @@
 //! `packet`: an existing interface, through a packet socket that carries super-frames both ways.
 
 use super::{AttachError, PortIo, ReadError, WriteError, write_error};
+use crate::drops::DropReason;
 use crate::io::{guard, link, sys, udp};
 use crate::virtio::Offload;
 use nix::sys::uio::writev;
@@ -22,6 +23,8 @@ pub struct Packet {
     socket: OwnedFd,
     interface: String,
     index: u32,
+    /// Of a veth or TAP, which takes frames of any size when told so.
+    opens: bool,
 }
 
 impl Packet {
@@ -62,12 +65,13 @@ impl Packet {
         sys::set_option(fd, libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, promiscuous)
             .map_err(AttachError::io(format!("take all frames of {interface}")))?;
         link::set_up(interface).map_err(AttachError::io(format!("set {interface} up")))?;
-        if matches!(link::driver(interface).as_deref(), Ok("veth" | "tun")) {
+        let opens = matches!(link::driver(interface).as_deref(), Ok("veth" | "tun"));
+        if opens {
             link::set_mtu(interface, OPEN_MTU).map_err(AttachError::io(format!("set the MTU of {interface}")))?;
         }
         // Last, because nothing brings addresses back should the port come to nothing.
         guard::strip(interface).map_err(guard_failed)?;
-        Ok(Self { socket, interface: interface.into(), index })
+        Ok(Self { socket, interface: interface.into(), index, opens })
     }
 
     /// An interface that was only set down belongs to us: it goes up again. Anything else means it has gone.
@@ -99,6 +103,10 @@ impl PortIo for Packet {
         match writev(&self.socket, &slices).map_err(write_error) {
             Ok(_) => Ok(()),
             Err(WriteError::Gone) if !self.is_gone() => writev(&self.socket, &slices).map(|_| ()).map_err(write_error),
+            // Somebody has set the interface's MTU since, as a hypervisor may.
+            Err(WriteError::Refused(DropReason::TooBig)) if self.opens && link::set_mtu(&self.interface, OPEN_MTU).is_ok() => {
+                writev(&self.socket, &slices).map(|_| ()).map_err(write_error)
+            }
             Err(error) => Err(error),
         }
     }

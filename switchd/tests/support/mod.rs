@@ -1,6 +1,7 @@
 //! Network namespaces with a data plane in each, for tests that need root.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod bulk;
 pub mod site;
 
 use arc_swap::ArcSwap;

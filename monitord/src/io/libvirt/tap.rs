@@ -25,10 +25,11 @@ pub(super) fn name(vm: &VmId) -> String {
 
 /// Makes the TAP (again is no error), with IPv6 off so that the host says nothing to the guest, and brings it up.
 ///
-/// Units: `mtu` in bytes.
+/// Units: `mtu` in bytes. One that is there keeps its own: the switch may serve it already, and has it take larger frames.
 pub(super) fn make(name: &str, mtu: u16) -> io::Result<()> {
     if !exists(name) {
         create(name)?;
+        set_mtu(name, mtu)?;
     }
     let ipv6 = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
     if let Err(error) = fs::write(&ipv6, "1")
@@ -36,9 +37,7 @@ pub(super) fn make(name: &str, mtu: u16) -> io::Result<()> {
     {
         return Err(io::Error::new(error.kind(), format!("{ipv6}: {error}")));
     }
-    let netlink = netlink()?;
-    set_mtu(name, mtu)?;
-    netlink.set_up(name)
+    netlink()?.set_up(name)
 }
 
 /// Removes it, whoever still holds its descriptor. None there is no error.

@@ -48,6 +48,16 @@ fn a_retargeted_description_is_the_one_the_destination_would_write() {
 }
 
 #[test]
+fn a_guest_is_told_the_mtu_of_its_network() {
+    let network = NetworkSpec { mtu: 1300, ..spec().network };
+    let xml = describe(&VmSpec { network, ..spec() }, &places("h1", None), Accel::Tcg);
+
+    let (_, interface) = xml.split_once("<interface ").expect("an interface");
+    let (interface, _) = interface.split_once("</interface>").expect("its end");
+    assert!(interface.contains("<mtu size='1300'/>"), "{interface}");
+}
+
+#[test]
 fn the_memory_of_a_translated_guest_is_no_multiple_of_64_pages() {
     for mib in [1, 256, 1000, 4096] {
         let xml = describe(&VmSpec { memory_mib: mib, ..spec() }, &places("h1", None), Accel::Tcg);
