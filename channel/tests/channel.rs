@@ -78,6 +78,26 @@ async fn both_ends_know_each_other_and_messages_arrive_whole() {
 }
 
 #[tokio::test]
+async fn a_port_on_all_addresses_answers_from_the_one_it_was_called_at() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = authority();
+    let [server, client] = ["h1", "h2"].map(|host| load(&credentials(directory.path(), &authority, host, "d1", host)));
+    for (any, called) in [("0.0.0.0:0", "127.0.0.2"), ("[::]:0", "127.0.0.2"), ("[::]:0", "::1")] {
+        let listening = quic::listen(any.parse().unwrap(), Arc::clone(&server), quic::alpn::MESH, Timing::BRISK).unwrap();
+        let called: std::net::IpAddr = called.parse().unwrap();
+        let address = (called, listening.local_addr().unwrap().port()).into();
+        let serving = tokio::spawn(async move { quic::admit(listening.accept().await.unwrap()).await });
+        let calling = quic::dialler(address, Arc::clone(&client), quic::alpn::MESH, Timing::BRISK).unwrap();
+
+        let connected = calling.connect(address, None).await;
+
+        assert!(connected.is_ok(), "{any} called at {called}: {connected:?}");
+        let (connection, _) = serving.await.unwrap().unwrap();
+        assert_eq!(connection.local_ip().map(|ip| ip.to_canonical()), Some(called));
+    }
+}
+
+#[tokio::test]
 async fn a_peer_that_nobody_reads_can_leave_only_so_much_here() {
     let directory = tempfile::tempdir().unwrap();
     let authority = authority();

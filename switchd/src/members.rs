@@ -6,7 +6,7 @@
 use crate::counters::PeerCounters;
 use crate::tables::PeerSlot;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use violin_common::control::mesh::{self, Aead, Hello, Member as Hint};
@@ -88,6 +88,21 @@ pub struct Member {
     dial: Dial,
 }
 
+/// Both ends of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ends {
+    /// The peer's.
+    pub theirs: SocketAddr,
+    /// To which of our addresses the peer called; none: we called, or have only one.
+    pub ours: Option<IpAddr>,
+}
+
+impl From<SocketAddr> for Ends {
+    fn from(theirs: SocketAddr) -> Self {
+        Self { theirs, ours: None }
+    }
+}
+
 /// One connection.
 #[derive(Debug)]
 pub struct Link {
@@ -97,6 +112,8 @@ pub struct Link {
     pub domain: DomainId,
     /// Where it comes from.
     pub address: SocketAddr,
+    /// To which of our addresses it came; none: we called, or have only one.
+    pub ours: Option<IpAddr>,
     /// The index we give this peer.
     pub index: u32,
     /// What it said first.
@@ -128,6 +145,8 @@ pub struct Members {
     join: BTreeMap<SocketAddr, Dial>,
     /// Addresses at which we found ourselves.
     ourselves: BTreeSet<SocketAddr>,
+    /// Who answered at a `join` address, though it may count for us at another of its addresses.
+    met: BTreeMap<SocketAddr, HostId>,
     hosts: BTreeMap<HostId, Member>,
     links: HashMap<LinkId, Link>,
     slots: Vec<bool>,
@@ -139,25 +158,34 @@ impl Members {
     /// Nobody yet. `host` and `boot` are ours.
     pub fn new(now: Instant, host: HostId, boot: u64, join: &[SocketAddr]) -> Self {
         let join = join.iter().map(|address| (*address, Dial::at(now))).collect();
-        let (ourselves, hosts, links, slots) = (BTreeSet::new(), BTreeMap::new(), HashMap::new(), Vec::new());
-        Self { host, boot, join, ourselves, hosts, links, slots, hints_refused: 0 }
+        let (ourselves, met, hosts) = (BTreeSet::new(), BTreeMap::new(), BTreeMap::new());
+        Self { host, boot, join, ourselves, met, hosts, links: HashMap::new(), slots: Vec::new(), hints_refused: 0 }
     }
 
     /// Replaces the addresses of known members.
     pub fn set_join(&mut self, now: Instant, join: &[SocketAddr]) {
         self.join.retain(|address, _| join.contains(address));
+        self.met.retain(|address, _| join.contains(address));
         for address in join {
             self.join.entry(*address).or_insert_with(|| Dial::at(now));
         }
         self.hosts.retain(|_, member| member.boot.is_some() || !join.contains(&member.address));
     }
 
+    /// Addresses that need not be called to find out who is there: those of members, ours, and further ones of a member that is
+    /// connected by another.
+    fn known(&self) -> BTreeSet<SocketAddr> {
+        let connected = |host: &HostId| self.hosts.get(host).is_some_and(|member| member.link.is_some());
+        let met = self.met.iter().filter(|(_, host)| connected(host)).map(|(address, _)| *address);
+        self.hosts.values().map(|member| member.address).chain(self.ourselves.iter().copied()).chain(met).collect()
+    }
+
     /// Whom to call now. Each call must be answered by [`Self::called`].
     pub fn due(&mut self, now: Instant) -> Vec<Call> {
-        let known: BTreeSet<SocketAddr> = self.hosts.values().map(|member| member.address).collect();
+        let known = self.known();
         let mut calls = Vec::new();
         for (&address, dial) in &mut self.join {
-            if !known.contains(&address) && !self.ourselves.contains(&address) && dial.due(now) {
+            if !known.contains(&address) && dial.due(now) {
                 calls.push(Call { address, expected: None });
             }
         }
@@ -178,9 +206,10 @@ impl Members {
     }
 
     /// A connection stands; `index` is what we will tell the peer. HELLOs follow.
-    pub fn connected(&mut self, link: LinkId, host: HostId, domain: DomainId, address: SocketAddr, called: bool, index: u32) {
+    pub fn connected(&mut self, link: LinkId, host: HostId, domain: DomainId, ends: Ends, called: bool, index: u32) {
         let networks = BTreeSet::new();
-        self.links.insert(link, Link { host, domain, address, index, hello: None, networks, called });
+        let Ends { theirs: address, ours } = ends;
+        self.links.insert(link, Link { host, domain, address, ours, index, hello: None, networks, called });
     }
 
     /// The peer's HELLO has come.
@@ -229,6 +258,9 @@ impl Members {
         let (address, host, called) = (link.address, link.host.clone(), link.called);
         if self.hosts.len() >= LIMIT && !self.hosts.contains_key(&host) && !self.make_room() {
             return Err(format!("got one more member, want at most {LIMIT}"));
+        }
+        if called && self.join.contains_key(&address) {
+            self.met.insert(address, host.clone());
         }
         let member = self.hosts.entry(host.clone()).or_insert_with(|| Member {
             domain: None,
@@ -377,8 +409,11 @@ impl Members {
         if self.hosts.is_empty() {
             return false;
         }
-        let known: BTreeSet<SocketAddr> = self.hosts.values().map(|member| member.address).collect();
-        self.hosts.values().all(|member| member.link.is_some())
-            && self.join.keys().all(|address| known.contains(address) || self.ourselves.contains(address))
+        let known = self.known();
+        self.hosts.values().all(|member| member.link.is_some()) && self.join.keys().all(|address| known.contains(address))
     }
 }
+
+#[cfg(test)]
+#[path = "members_tests.rs"]
+mod tests;

@@ -6,7 +6,7 @@
 use crate::tables::{Peer, PeerSlot};
 use crate::transport::{self, Transport};
 use crate::virtio::Offload;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use violin_common::Vni;
 use violin_common::wire::mesh::{Kind, OUTER_LEN, OVERHEAD, Outer, SLICE_LEN, Slice, mark};
 
@@ -20,6 +20,8 @@ pub const MAX_BURST: usize = 65_507;
 pub struct Burst {
     /// Where they go.
     pub to: SocketAddr,
+    /// Which of our addresses they leave from; none: the kernel chooses.
+    pub from: Option<IpAddr>,
     /// Whose they are.
     pub peer: PeerSlot,
     /// First byte in the arena.
@@ -57,7 +59,7 @@ impl Arena {
     }
 
     /// Appends one datagram. This is where a body is sealed while it is copied; with AEAD *none* it is copied as it is.
-    fn datagram(&mut self, to: SocketAddr, peer: PeerSlot, outer: &Outer, slice: &Slice, parts: [&[u8]; 2]) {
+    fn datagram(&mut self, (slot, peer): (PeerSlot, &Peer), outer: &Outer, slice: &Slice, parts: [&[u8]; 2]) {
         let start = self.bytes.len();
         let mut head = [0; OVERHEAD];
         head[..OUTER_LEN].copy_from_slice(&outer.emit());
@@ -67,8 +69,9 @@ impl Arena {
         self.bytes.extend_from_slice(parts[1]);
         let end = self.bytes.len();
         if let Some(last) = self.bursts.last_mut()
-            && last.peer == peer
-            && last.to == to
+            && last.peer == slot
+            && last.to == peer.address
+            && last.from == peer.ours
             && last.end - last.start == last.segment * last.count
             && end - start <= last.segment
             && last.count < MAX_SEGMENTS
@@ -78,7 +81,8 @@ impl Arena {
             last.count += 1;
             return;
         }
-        self.bursts.push(Burst { to, peer, start, end, segment: end - start, count: 1 });
+        let (to, from) = (peer.address, peer.ours);
+        self.bursts.push(Burst { to, from, peer: slot, start, end, segment: end - start, count: 1 });
     }
 }
 
@@ -145,7 +149,7 @@ impl Sender {
         };
         for piece in payload.chunks(usize::from(offload.segment_size.max(1))) {
             let outer = self.outer(peer);
-            arena.datagram(peer.address, slot, &outer, &slice, [headers, piece]);
+            arena.datagram((slot, peer), &outer, &slice, [headers, piece]);
             slice.offset += piece.len() as u32;
         }
     }
@@ -163,7 +167,7 @@ impl Sender {
         };
         for piece in crossing.frame.chunks(room) {
             let outer = self.outer(peer);
-            arena.datagram(peer.address, slot, &outer, &slice, [piece, &[]]);
+            arena.datagram((slot, peer), &outer, &slice, [piece, &[]]);
             slice.offset += piece.len() as u32;
         }
     }

@@ -15,7 +15,7 @@ pub use command::{Command, Wanted};
 
 use crate::counters::PortCounters;
 use crate::fdb::Fdb;
-use crate::members::{Call, LinkId, Members};
+use crate::members::{Call, Ends, LinkId, Members};
 use crate::moves::{Effect, Key, Moves, Until};
 use crate::tables::{PeerSlot, Place, PortSlot, WorkerEvent};
 use std::collections::BTreeMap;
@@ -236,9 +236,9 @@ impl Switch {
     }
 
     /// A connection stands: our HELLO goes out.
-    pub fn handle_connected(&mut self, link: LinkId, host: HostId, domain: DomainId, address: SocketAddr, called: bool) {
+    pub fn handle_connected(&mut self, link: LinkId, host: HostId, domain: DomainId, ends: impl Into<Ends>, called: bool) {
         let index = (self.draw() >> 32) as u32;
-        self.members.connected(link, host, domain, address, called, index);
+        self.members.connected(link, host, domain, ends.into(), called, index);
         let hello = Hello {
             oldest: OLDEST,
             newest: PROTOCOL,

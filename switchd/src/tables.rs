@@ -5,7 +5,7 @@
 
 use crate::fdb::Fdb;
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use violin_common::{HostId, MacAddr, PortId, Vni};
@@ -115,6 +115,8 @@ pub struct Peer {
     pub host: HostId,
     /// Where datagrams go; datagrams that carry its index must come from there.
     pub address: SocketAddr,
+    /// The one of our addresses that it knows us by; none: the one the kernel chooses, as it chose when we called.
+    pub ours: Option<IpAddr>,
     /// The index it gave us: written into every datagram we send it.
     pub receiver: u32,
     /// Largest UDP payload on the path to it, in bytes.

@@ -3,7 +3,10 @@
 
 mod support;
 
+use std::net::UdpSocket;
+use std::time::Duration;
 use support::{MTU, Namespace, guest, run, two_hosts, until, vni};
+use violin_common::MacAddr;
 use violin_common::api::switch::PortKind;
 
 #[test]
@@ -45,4 +48,36 @@ fn a_kernel_vxlan_device_and_our_guests_talk_both_ways() {
     let _ = foreign.try_run("busybox ping -c 2 -W 1 -s 1422 10.5.0.2");
     assert!(answers() > before, "{:?}", a.drops());
     until("the path MTU is known", || foreign.run("ip route get 10.5.0.2").contains("mtu 1400"));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_gateway_on_all_addresses_speaks_from_the_one_its_foreign_end_speaks_to() {
+    let (mut a, _b) = two_hosts(&[vni(5)], MTU);
+    let g1 = guest(&a.ns, "p1", "10.5.0.1", MTU);
+    a.packet_port(vni(5), "p1", MTU);
+    let foreign = Namespace::new("foreign");
+    run(&format!("ip link add wan netns {} type veth peer name wan netns {}", a.ns.0, foreign.0));
+    a.ns.run("ip addr add 10.98.0.1/24 dev wan && ip addr add 10.98.0.3/24 dev wan && ip link set wan up");
+    foreign.run("ip addr add 10.98.0.2/24 dev wan && ip link set wan up");
+    let port = a.announce_port(vni(5), true);
+    let (local, remote) = ("0.0.0.0:4789".parse().unwrap(), "10.98.0.2:4789".parse().unwrap());
+    a.attach(port, &PortKind::Vxlan { local, remote, remote_vni: vni(77) }, MTU);
+    let end = foreign.enter(|| UdpSocket::bind("10.98.0.2:4789").unwrap());
+    end.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+
+    // A broadcast of a station behind it, and one of our guest afterwards: an ARP request.
+    let vxlan = [8, 0, 0, 0, 0, 0, 77, 0];
+    let frame = [&[0xff; 6][..], &[0x52, 0x54, 0, 0, 0, 9], &[0x88, 0xb5], &[7; 46]].concat();
+    end.send_to(&[&vxlan[..], &frame].concat(), "10.98.0.3:4789").unwrap();
+    let heard = |mac| a.tables.load().networks[&vni(5)].fdb.entries().iter().any(|row| row.mac == mac);
+    until("the gateway has heard it", || heard(MacAddr([0x52, 0x54, 0, 0, 0, 9])));
+    // What our guest said before that left from where the kernel chose.
+    end.set_nonblocking(true).unwrap();
+    while end.recv(&mut [0; 2000]).is_ok() {}
+    end.set_nonblocking(false).unwrap();
+    let _ = g1.try_run("busybox ping -c 1 -W 1 10.5.0.9");
+
+    let (_, from) = end.recv_from(&mut [0; 2000]).unwrap();
+    assert_eq!(from.ip().to_string(), "10.98.0.3");
 }

@@ -111,6 +111,7 @@ fn host(me: usize, count: usize, mtu: u16, max_datagram: u16) -> Host {
     let peer = |other: usize| Peer {
         host: format!("h{other}").parse().unwrap(),
         address: address(other),
+        ours: None,
         receiver: (other * 100 + me) as u32,
         max_datagram,
         networks: HashSet::from([vni(5)]),

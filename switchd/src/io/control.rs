@@ -6,7 +6,7 @@
 use super::attach::{Attach, Work};
 use super::dataplane::DataPlane;
 use super::now;
-use crate::members::{Call, LinkId};
+use crate::members::{Call, Ends, LinkId};
 use crate::switch::{Command, Switch, Ticket, Wanted};
 use crate::tables::{Forwarding, WorkerEvent};
 use arc_swap::ArcSwap;
@@ -224,12 +224,13 @@ impl Actor {
         let (outbox, messages) = mpsc::channel(OUTBOX);
         let remote = connection.remote_address();
         // As the data plane sees it: an IPv4 member of an IPv6 port has a mapped address here only.
-        let address = (remote.ip().to_canonical(), remote.port()).into();
+        let theirs = (remote.ip().to_canonical(), remote.port()).into();
+        let ends = Ends { theirs, ours: connection.local_ip() };
         let exchange =
             exchange(connection.clone(), called, link, messages, self.events.clone(), Arc::clone(&self.parts.counters));
         tokio::spawn(exchange);
         self.peers.insert(link, Peer { connection, outbox });
-        self.parts.switch.handle_connected(link, who.host, who.domain, address, called);
+        self.parts.switch.handle_connected(link, who.host, who.domain, ends, called);
     }
 
     fn carry_out(&mut self) {

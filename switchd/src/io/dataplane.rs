@@ -13,7 +13,7 @@ use bytes::Bytes;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::HashMap;
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
@@ -37,6 +37,8 @@ const DETACH: Duration = Duration::from_secs(2);
 pub struct QuicDatagram {
     /// Who sent it.
     pub from: SocketAddr,
+    /// To which of our addresses, where the mesh port has several.
+    pub to: Option<IpAddr>,
     /// Its UDP payload.
     pub bytes: Bytes,
 }

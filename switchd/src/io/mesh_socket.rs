@@ -1,12 +1,14 @@
 //! QUIC's half of the mesh port: sends on the descriptor it shares with the data plane, reads what that hands over.
 
 use super::dataplane::QuicDatagram;
+use super::udp;
 use crate::counters::Counters;
 use crate::drops::DropReason;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -55,8 +57,9 @@ impl AsyncUdpSocket for MeshSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        match self.socket.send_to(transmit.contents, transmit.destination) {
-            Ok(_) => Ok(()),
+        let way = (transmit.src_ip, transmit.destination);
+        match udp::send_from(self.socket.as_fd(), way, transmit.contents, None) {
+            Ok(()) => Ok(()),
             // A host that cannot be reached now is like one that loses every datagram: the idle timeout tells.
             Err(error) => {
                 tracing::trace!(%error, to = %transmit.destination, "control datagram lost");
@@ -79,7 +82,8 @@ impl AsyncUdpSocket for MeshSocket {
                     };
                     place.copy_from_slice(bytes);
                     let (addr, len) = (self.as_quinn_calls_it(datagram.from), bytes.len());
-                    meta[count] = RecvMeta { addr, len, stride: len, ..RecvMeta::default() };
+                    let dst_ip = datagram.to;
+                    meta[count] = RecvMeta { addr, len, stride: len, dst_ip, ..RecvMeta::default() };
                     count += 1;
                 }
                 Poll::Ready(None) if count == 0 => {

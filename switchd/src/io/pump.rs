@@ -244,7 +244,7 @@ impl Pump {
             };
             for datagram in bytes.chunks(received.segment.unwrap_or(bytes.len()).max(1)) {
                 if mesh::is_quic(datagram[0]) {
-                    let datagram = QuicDatagram { from, bytes: Bytes::copy_from_slice(datagram) };
+                    let datagram = QuicDatagram { from, to: received.to, bytes: Bytes::copy_from_slice(datagram) };
                     if self.quic.try_send(datagram).is_err() {
                         self.ways.counters.drops.count(DropReason::QuicBusy);
                     }

@@ -30,6 +30,8 @@ pub struct Received {
     pub len: usize,
     /// Who sent it, where the socket knows.
     pub from: Option<SocketAddr>,
+    /// To which of our addresses it came, where the socket was asked to tell.
+    pub to: Option<IpAddr>,
     /// Tag control information and protocol of a stripped VLAN tag.
     pub vlan: Option<(u16, u16)>,
     /// Size of the datagrams that were put together, where they were.
@@ -136,6 +138,7 @@ impl Batch {
             let mut received = Received {
                 len: (header.msg_len as usize).saturating_sub(extra),
                 from: address(name),
+                to: None,
                 vlan: None,
                 segment: None,
                 refused: (header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0).then_some(DropReason::TooBig),
@@ -158,6 +161,17 @@ fn controls_of(header: &libc::msghdr, received: &mut Received) {
                 // SAFETY: UDP_GRO carries an int.
                 let size = unsafe { data.cast::<libc::c_int>().read_unaligned() };
                 received.segment = usize::try_from(size).ok().filter(|&size| size > 0);
+            }
+            (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
+                // SAFETY: IP_PKTINFO carries an in_pktinfo.
+                let info = unsafe { data.cast::<libc::in_pktinfo>().read_unaligned() };
+                // Ours also where the datagram was sent to a broadcast address.
+                received.to = Some(IpAddr::from(info.ipi_spec_dst.s_addr.to_ne_bytes()));
+            }
+            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
+                // SAFETY: IPV6_PKTINFO carries an in6_pktinfo.
+                let info = unsafe { data.cast::<libc::in6_pktinfo>().read_unaligned() };
+                received.to = Some(IpAddr::from(info.ipi6_addr.s6_addr).to_canonical()).filter(|to| !to.is_multicast());
             }
             (libc::SOL_PACKET, PACKET_AUXDATA) => {
                 // SAFETY: PACKET_AUXDATA carries a tpacket_auxdata.

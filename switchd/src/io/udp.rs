@@ -7,7 +7,7 @@ use crate::slice::Arena;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrIn, SockaddrIn6, sendmsg};
 use std::io::{self, IoSlice};
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,30 +51,74 @@ fn buffer(socket: BorrowedFd<'_>, (forced, plain): (libc::c_int, libc::c_int), b
     }
 }
 
+/// Has a socket that listens on all of a host's addresses tell to which of them each datagram came: whoever asked there takes
+/// an answer from another for a stranger's. One that has a single address needs nothing.
+pub fn tell_destinations(socket: &UdpSocket) -> io::Result<()> {
+    let local = socket.local_addr()?;
+    if !local.ip().is_unspecified() {
+        return Ok(());
+    }
+    // An IPv6 socket tells of IPv4 by mapped addresses.
+    let (level, name) =
+        if local.is_ipv6() { (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO) } else { (libc::IPPROTO_IP, libc::IP_PKTINFO) };
+    set_option(socket.as_fd(), level, name, 1i32)
+}
+
+fn mapped(ip: IpAddr) -> Ipv6Addr {
+    match ip {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    }
+}
+
+/// Sends one datagram, or with `segment` as many as `bytes` has of that size. `from`: which of our addresses it leaves from;
+/// none: the kernel chooses. `to` is of the socket's family.
+pub fn send_from(
+    socket: BorrowedFd<'_>,
+    (from, to): (Option<IpAddr>, SocketAddr),
+    bytes: &[u8],
+    segment: Option<u16>,
+) -> nix::Result<()> {
+    let in_addr = |ip: Ipv4Addr| libc::in_addr { s_addr: u32::from_ne_bytes(ip.octets()) };
+    let v4 = match from {
+        Some(IpAddr::V4(ip)) => ip,
+        _ => Ipv4Addr::UNSPECIFIED,
+    };
+    let v4 = libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: in_addr(v4), ipi_addr: in_addr(Ipv4Addr::UNSPECIFIED) };
+    let v6 = libc::in6_addr { s6_addr: from.map_or(Ipv6Addr::UNSPECIFIED, mapped).octets() };
+    let v6 = libc::in6_pktinfo { ipi6_addr: v6, ipi6_ifindex: 0 };
+    let size = segment.unwrap_or(0);
+    let source = match to {
+        SocketAddr::V4(_) => ControlMessage::Ipv4PacketInfo(&v4),
+        SocketAddr::V6(_) => ControlMessage::Ipv6PacketInfo(&v6),
+    };
+    let controls = [source, ControlMessage::UdpGsoSegments(&size)];
+    let controls = &controls[usize::from(from.is_none())..1 + usize::from(segment.is_some())];
+    let (fd, parts, flags) = (socket.as_raw_fd(), [IoSlice::new(bytes)], MsgFlags::MSG_DONTWAIT);
+    match to {
+        SocketAddr::V4(to) => sendmsg(fd, &parts, controls, flags, Some(&SockaddrIn::from(to))),
+        SocketAddr::V6(to) => sendmsg(fd, &parts, controls, flags, Some(&SockaddrIn6::from(to))),
+    }
+    .map(|_| ())
+}
+
 /// Sends `bytes` as datagrams of `segment` bytes, the last perhaps shorter, from byte `sent` on, which moves along with what
-/// was sent: after an error the same call goes on where it stopped.
+/// was sent: after an error the same call goes on where it stopped. `way`: see [`send_from`].
 pub fn send_segments(
     socket: BorrowedFd<'_>,
-    to: SocketAddr,
+    way: (Option<IpAddr>, SocketAddr),
     bytes: &[u8],
     segment: usize,
     gso: bool,
     sent: &mut usize,
 ) -> nix::Result<()> {
     let size = u16::try_from(segment).unwrap_or(u16::MAX);
-    let fd = socket.as_raw_fd();
     walk(bytes, if gso { bytes.len() } else { segment }, sent, |piece| {
-        let controls = [ControlMessage::UdpGsoSegments(&size)];
-        let controls = if piece.len() > segment { &controls[..] } else { &[] };
-        let parts = [IoSlice::new(piece)];
-        let send = || match to {
-            SocketAddr::V4(to) => sendmsg(fd, &parts, controls, MsgFlags::MSG_DONTWAIT, Some(&SockaddrIn::from(to))),
-            SocketAddr::V6(to) => sendmsg(fd, &parts, controls, MsgFlags::MSG_DONTWAIT, Some(&SockaddrIn6::from(to))),
-        };
+        let send = || send_from(socket, way, piece, (piece.len() > segment).then_some(size));
         match send() {
             // An ICMP error of an earlier datagram is told to the next call: say it again once.
-            Err(nix::Error::ECONNREFUSED | nix::Error::EHOSTUNREACH) => send().map(|_| ()),
-            other => other.map(|_| ()),
+            Err(nix::Error::ECONNREFUSED | nix::Error::EHOSTUNREACH) => send(),
+            other => other,
         }
     })
 }
@@ -105,6 +149,7 @@ impl Mesh {
         if let Err(error) = set_option(fd, libc::SOL_UDP, UDP_GRO, 1i32) {
             tracing::info!(%error, "no UDP_GRO here: datagrams are read one by one");
         }
+        tell_destinations(&socket)?;
         // Slices are made to fit the path; a fragmented one would cost a whole frame.
         let (level, discover) =
             if v6 { (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER) } else { (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER) };
@@ -153,7 +198,7 @@ impl Mesh {
                 other => other,
             };
             let mut sent = 0;
-            if let Err(error) = self.send_burst(to, bytes, burst.segment, &mut sent) {
+            if let Err(error) = self.send_burst((burst.from, to), bytes, burst.segment, &mut sent) {
                 tracing::trace!(%error, %to, "burst");
                 let reason = if error == nix::Error::EAGAIN || error == nix::Error::ENOBUFS {
                     DropReason::TunnelBusy
@@ -165,11 +210,17 @@ impl Mesh {
         }
     }
 
-    fn send_burst(&mut self, to: SocketAddr, bytes: &[u8], segment: usize, sent: &mut usize) -> nix::Result<()> {
+    fn send_burst(
+        &mut self,
+        way: (Option<IpAddr>, SocketAddr),
+        bytes: &[u8],
+        segment: usize,
+        sent: &mut usize,
+    ) -> nix::Result<()> {
         let fd = self.socket.as_fd();
         let (mut at_once, mut waited) = (self.gso, false);
         loop {
-            match send_segments(fd, to, bytes, segment, at_once, sent) {
+            match send_segments(fd, way, bytes, segment, at_once, sent) {
                 Err(nix::Error::EAGAIN) if !waited && !self.patience.is_zero() => {
                     waited = true;
                     self.patience = spend(self.patience, |ms| {
@@ -247,12 +298,36 @@ mod tests {
     }
 
     #[test]
+    fn a_datagram_is_answered_from_the_address_it_came_to() {
+        for (any, asked) in [("0.0.0.0:0", "127.0.0.2"), ("[::]:0", "127.0.0.2"), ("[::]:0", "::1")] {
+            let ours = UdpSocket::bind(any).unwrap();
+            tell_destinations(&ours).unwrap();
+            let place: SocketAddr = (asked.parse::<IpAddr>().unwrap(), ours.local_addr().unwrap().port()).into();
+            let theirs = UdpSocket::bind((if place.is_ipv4() { "127.0.0.1" } else { "::1" }, 0)).unwrap();
+            theirs.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+            theirs.send_to(b"?", place).unwrap();
+            let mut batch = Mesh::batch();
+            poll(&mut [PollFd::new(ours.as_fd(), PollFlags::POLLIN)], PollTimeout::from(5000u16)).unwrap();
+            batch.receive(ours.as_fd(), false).unwrap();
+            let received = batch.received[0];
+            assert_eq!(received.to, Some(place.ip()), "{any}");
+
+            let back = theirs.local_addr().unwrap();
+            let back = if any.starts_with('[') { (IpAddr::from(mapped(back.ip())), back.port()).into() } else { back };
+            for segment in [None, Some(1)] {
+                send_from(ours.as_fd(), (received.to, back), b"ab", segment).unwrap();
+                assert_eq!(theirs.recv_from(&mut [0; 2]).unwrap().1, place, "{any}, segments {segment:?}");
+            }
+        }
+    }
+
+    #[test]
     fn bursts_arrive_once_each_at_once_and_one_by_one() {
         let (from, to) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
         to.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
         for gso in [true, false] {
             let mut sent = 0;
-            send_segments(from.as_fd(), to.local_addr().unwrap(), &[7; 250], 100, gso, &mut sent).unwrap();
+            send_segments(from.as_fd(), (None, to.local_addr().unwrap()), &[7; 250], 100, gso, &mut sent).unwrap();
             let lens = [0; 3].map(|_| to.recv(&mut [0; 1000]).unwrap());
             assert_eq!((lens, sent), ([100, 100, 50], 250));
         }

@@ -7,11 +7,11 @@
 use super::{AttachError, HEADROOM, PortIo, ReadError, WriteError, write_error};
 use crate::drops::DropReason;
 use crate::io::sys::{self, Batch};
-use crate::io::udp::{large_buffers, send_segments};
+use crate::io::udp::{self, large_buffers, send_segments};
 use crate::transport::{self, Transport, complete};
 use crate::virtio::Offload;
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 use violin_common::Vni;
 use violin_common::wire::ethernet::{HEADER_LEN, Header};
@@ -34,6 +34,8 @@ pub struct Vxlan {
     out: Vec<u8>,
     /// Datagrams the kernel has lost so far.
     lost: u32,
+    /// To which of our addresses the foreign end last sent, where `local` is all of them.
+    ours: Option<IpAddr>,
 }
 
 impl Vxlan {
@@ -42,6 +44,7 @@ impl Vxlan {
         let what = || format!("open a VXLAN gateway on {local}");
         let socket = UdpSocket::bind(local).map_err(AttachError::io(what()))?;
         socket.set_nonblocking(true).map_err(AttachError::io(what()))?;
+        udp::tell_destinations(&socket).map_err(AttachError::io(what()))?;
         large_buffers(socket.as_fd(), BUFFER);
         // A tunnel end must not fragment (RFC 7348 §4.3).
         let (level, discover) = if local.is_ipv6() {
@@ -58,7 +61,7 @@ impl Vxlan {
         header[0] = VNI_VALID;
         header[4..7].copy_from_slice(&vni.value().to_be_bytes()[1..]);
         let (scratch, out) = (Vec::new(), Vec::new());
-        Ok(Self { socket, remote, header, mtu, path_mtu, scratch, out, lost: 0 })
+        Ok(Self { socket, remote, header, mtu, path_mtu, scratch, out, lost: 0, ours: None })
     }
 }
 
@@ -93,6 +96,7 @@ impl PortIo for Vxlan {
                 batch.received[index].refused = Some(reason);
                 continue;
             }
+            self.ours = received.to;
             datagram.copy_within(VXLAN_LEN.., 0);
             let len = received.len - VXLAN_LEN;
             let frame = &datagram[..len];
@@ -133,7 +137,7 @@ impl PortIo for Vxlan {
         let burst = segment_len.max(1) * (crate::slice::MAX_BURST / segment_len.max(1)).clamp(1, crate::slice::MAX_SEGMENTS);
         for bytes in self.out.chunks(burst) {
             let mut sent = 0;
-            let mut send = |gso| send_segments(self.socket.as_fd(), self.remote, bytes, segment_len, gso, &mut sent);
+            let mut send = |gso| send_segments(self.socket.as_fd(), (self.ours, self.remote), bytes, segment_len, gso, &mut sent);
             match send(true).or_else(|_| send(false)) {
                 Ok(()) => (),
                 Err(nix::Error::EMSGSIZE) => return Err(WriteError::Refused(DropReason::GatewayTooBig)),

@@ -62,6 +62,7 @@ impl Switch {
             tables.peers[place] = Some(Peer {
                 host: host.clone(),
                 address: member.address,
+                ours: link.ours,
                 receiver: hello.receiver,
                 max_datagram: hello.max_datagram.min(self.nature.max_datagram),
                 networks: link.networks.iter().copied().collect(),

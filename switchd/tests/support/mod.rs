@@ -176,6 +176,7 @@ impl Host {
             let peer = Peer {
                 host: format!("h{}", slot.0).parse().unwrap(),
                 address: other,
+                ours: None,
                 receiver: theirs,
                 max_datagram: 1472,
                 networks: HashSet::from_iter(vnis.iter().copied()),

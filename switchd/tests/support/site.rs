@@ -44,6 +44,10 @@ pub struct Site {
     pub daemons: BTreeMap<usize, Daemon>,
     /// Hosts that listen on `[::]`.
     pub wildcards: BTreeSet<usize>,
+    /// Where hosts listen that have another address than usual.
+    pub listens: BTreeMap<usize, String>,
+    /// Whom hosts join that do not join all others before them.
+    pub joins: BTreeMap<usize, Vec<String>>,
 }
 
 impl Site {
@@ -56,7 +60,9 @@ impl Site {
         let underlay = Namespace::new("underlay");
         underlay.run("ip link add bridge0 type bridge && ip link set bridge0 up");
         let (hosts, guests, daemons) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let mut site = Self { directory, _underlay: underlay, hosts, guests, daemons, wildcards: BTreeSet::new() };
+        let (listens, joins) = (BTreeMap::new(), BTreeMap::new());
+        let mut site =
+            Self { directory, _underlay: underlay, hosts, guests, daemons, wildcards: BTreeSet::new(), listens, joins };
         for number in 1..=count {
             let ns = Namespace::new(&format!("h{number}"));
             let bridge = &site._underlay.0;
@@ -94,9 +100,12 @@ impl Site {
 
     pub fn config(&self, number: usize, pki_directory: &str, extra: &str) -> PathBuf {
         let directory = self.directory.path();
-        let join: Vec<_> = (1..number).map(|other| format!("\"10.71.0.{other}:7471\"")).collect();
+        let usual = || (1..number).map(|other| format!("10.71.0.{other}:7471")).collect();
+        let join: Vec<_> = self.joins.get(&number).cloned().unwrap_or_else(usual);
+        let join: Vec<_> = join.iter().map(|address| format!("{address:?}")).collect();
         let pki = directory.join(pki_directory);
         let listen = if self.wildcards.contains(&number) { "[::]".into() } else { format!("10.71.0.{number}") };
+        let listen = self.listens.get(&number).cloned().unwrap_or(listen);
         let text = format!(
             "host = \"h{number}\"\ndomain = \"d1\"\nlisten = \"{listen}:7471\"\njoin = [{}]\nsocket = \"{}\"\n\
              [tls]\nca = \"{pki}/ca.pem\"\ncert = \"{pki}/h{number}.pem\"\nkey = \"{pki}/h{number}.key\"\n{extra}",
