@@ -145,6 +145,10 @@ pub struct Counters {
     pub late_forwards: AtomicU64,
     /// Frames of ports larger than their network's MTU, carried all the same.
     pub oversize_carried: AtomicU64,
+    /// Super-frames of guests' own tunnels, which were cut here.
+    pub software_segmentations: AtomicU64,
+    /// Checksums of guests that were completed here, because nobody after us would have.
+    pub software_checksums: AtomicU64,
     /// "Too big" answers sent on behalf of a gateway.
     pub too_big_answers: AtomicU64,
     /// Learned sources, new or moved.
@@ -160,6 +164,8 @@ impl Counters {
             ("floods", &self.floods),
             ("late-forwards", &self.late_forwards),
             ("oversize-carried", &self.oversize_carried),
+            ("software-segmentations", &self.software_segmentations),
+            ("software-checksums", &self.software_checksums),
             ("too-big-answers", &self.too_big_answers),
             ("learned", &self.learned),
             ("events-lost", &self.events_lost),

@@ -58,8 +58,8 @@ reasons! {
     PortError = "port-error",
     /// The interface brought frames faster than they were read, or the foreign tunnel end of a gateway datagrams.
     PortOverrun = "port-overrun",
-    /// Segmentation marked as one thing while the frame is another (a tunnel's super-frame, SCTP, fragments): nobody could
-    /// segment it.
+    /// Segmentation that nobody here can do: marked as one thing while the frame is another and no tunnel's, or of a kind the
+    /// kernel has no word for (SCTP, UFO).
     Segmentation = "segmentation",
     /// The checksum is to be completed at a place where none is.
     Checksum = "checksum",

@@ -11,6 +11,7 @@ pub mod counters;
 pub mod drops;
 pub mod fdb;
 pub mod inbound;
+pub mod nested;
 pub mod outbound;
 pub mod reassembly;
 pub mod slice;

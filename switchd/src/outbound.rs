@@ -5,6 +5,7 @@
 
 use crate::drops::DropReason;
 use crate::fdb::Learned;
+use crate::nested;
 use crate::slice::Crossing;
 use crate::tables::{Forwarding, Network, PeerSlot, Place, Port, PortSlot, SourceRule, WorkerEvent};
 use crate::toobig;
@@ -26,6 +27,36 @@ impl Worker {
         out: &mut dyn Egress,
     ) {
         from.1.traffic.taken(frames.len() as u64, frames.iter().map(|frame| frame.bytes.len() as u64).sum());
+        let mut rest = frames;
+        while let Some((at, nested, size)) = rest.iter().enumerate().find_map(|(at, frame)| {
+            let offload = frame.offload.ok()?;
+            Some((at, nested::find(frame.bytes, &offload)?, offload.segment_size))
+        }) {
+            // Frames leave in the order they came.
+            let (before, behind) = rest.split_at_mut(at);
+            self.forward_plain(now, tables, from, before, out);
+            let Some((frame, behind)) = behind.split_first_mut() else { return };
+            let mut segments = std::mem::take(&mut self.segments);
+            let len = nested.cut(frame.bytes, size, &mut segments);
+            let plain = |bytes| Frame { offload: Ok(Offload::default()), bytes };
+            let mut cut: Vec<_> = segments.chunks_mut(len.max(1)).map(plain).collect();
+            self.counters.software_segmentations.fetch_add(1, Relaxed);
+            self.forward_plain(now, tables, from, &mut cut, out);
+            self.segments = segments;
+            rest = behind;
+        }
+        self.forward_plain(now, tables, from, rest, out);
+    }
+
+    /// The same of frames that cross as they are.
+    fn forward_plain(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        from: (PortSlot, &Port, &Network),
+        frames: &mut [Frame<'_>],
+        out: &mut dyn Egress,
+    ) {
         for (index, frame) in frames.iter_mut().enumerate() {
             if let Err(reason) = self.frame_out(now, tables, from, index, frame, out) {
                 self.counters.drops.count(reason);
@@ -60,7 +91,11 @@ impl Worker {
             return Err(DropReason::LinkLocal);
         }
         self.admit_source(now, (slot, port, network), source, out)?;
-        let (offload, transport) = settle(frame.bytes, &header, frame.offload?)?;
+        let wanted = frame.offload?;
+        let (offload, transport) = settle(frame.bytes, &header, wanted)?;
+        if wanted.checksum.is_some() && offload.checksum.is_none() {
+            self.counters.software_checksums.fetch_add(1, Relaxed);
+        }
         let packet = packet_len(&header, &offload, frame.bytes.len());
         let oversize = packet > usize::from(network.mtu);
         if oversize && (port.gateway || packet > usize::from(LARGEST_PACKET)) {

@@ -174,3 +174,73 @@ fn a_super_frame_of_too_many_segments_is_refused() {
     let offload = Offload { checksum: None, segmentation: Segmentation::Tcp4, segment_size: 1, ecn: false, header_len: 54 };
     assert!(settle(&mut frame, &header, offload).is_ok());
 }
+
+#[test]
+fn a_crc_of_sctp_is_the_one_of_its_standard() {
+    // The check value of CRC-32C in all catalogues.
+    assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+}
+
+/// A frame that carries SCTP with nothing in its checksum's place, and where that is summed from.
+fn sctp(v6: bool, tunnel: bool) -> (Vec<u8>, u16) {
+    let packet = [&[0, 7, 0, 9, 1, 2, 3, 4, 0, 0, 0, 0][..], &[0x2a; 333]].concat();
+    let mut frame = Vec::new();
+    let builder = PacketBuilder::ethernet2([2; 6], [4; 6]);
+    let builder = if v6 { builder.ipv6([1; 16], [2; 16], 64) } else { builder.ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64) };
+    builder.write(&mut frame, 132.into(), &packet).unwrap();
+    if tunnel {
+        let vxlan = [&[8, 0, 0, 0, 0, 0, 9, 0][..], &frame].concat();
+        frame.clear();
+        let builder = PacketBuilder::ethernet2([2; 6], [4; 6]).ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64);
+        builder.udp(1, 4789).write(&mut frame, &vxlan).unwrap();
+    }
+    let start = (frame.len() - packet.len()) as u16;
+    (frame, start)
+}
+
+#[test]
+fn a_checksum_of_sctp_is_completed_as_a_crc_also_within_a_tunnel_and_before_padding() {
+    for (v6, tunnel, padding) in [(false, false, 0), (true, false, 0), (false, true, 0), (true, true, 0), (false, false, 5)] {
+        let (mut frame, start) = sctp(v6, tunnel);
+        let (at, end) = (usize::from(start), frame.len());
+        frame.extend(vec![0x55; padding]);
+        let header = header_of(&frame);
+        let partial = Partial { start, offset: SCTP_CHECKSUM };
+        let before = frame.clone();
+
+        let settled = settle(&mut frame, &header, Offload { checksum: Some(partial), ..Offload::default() });
+
+        assert_eq!(settled, Ok((Offload::default(), None)));
+        assert_eq!(frame[at + 8..at + 12], crc32c(&before[at..end]).to_le_bytes(), "v6 {v6}, tunnel {tunnel}");
+        assert_eq!((&frame[..at + 8], &frame[at + 12..]), (&before[..at + 8], &before[at + 12..]), "nothing else changed");
+    }
+}
+
+#[test]
+fn an_sctp_packet_that_is_cut_off_is_refused() {
+    let (mut frame, start) = sctp(false, false);
+    frame.truncate(100);
+    let header = header_of(&frame);
+    let checksum = Some(Partial { start, offset: SCTP_CHECKSUM });
+    assert_eq!(settle(&mut frame, &header, Offload { checksum, ..Offload::default() }), Err(DropReason::Checksum));
+}
+
+#[test]
+fn checksums_of_dhcp_are_completed_and_those_of_other_udp_are_carried_partial() {
+    for (from, to, complete) in [(68, 67, true), (67, 68, true), (1067, 67, true), (53, 1068, false), (680, 670, false)] {
+        let mut frame = Vec::new();
+        let builder = PacketBuilder::ethernet2([2; 6], [4; 6]).ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64);
+        builder.udp(from, to).write(&mut frame, &[7; 300]).unwrap();
+        let right = frame[40..42].to_vec();
+        let header = header_of(&frame);
+        let transport = Transport::find(&frame, &header).unwrap();
+        let pseudo = transport.pseudo(&frame, 308);
+        put16(&mut frame, 40, pseudo);
+
+        let checksum = Some(transport.checksum());
+        let (offload, _) = settle(&mut frame, &header, Offload { checksum, ..Offload::default() }).unwrap();
+
+        assert_eq!(offload.checksum.is_none(), complete, "{from} to {to}");
+        assert_eq!(frame[40..42] == right, complete, "{from} to {to}");
+    }
+}

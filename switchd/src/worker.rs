@@ -96,6 +96,8 @@ pub struct Worker {
     pub(crate) reassembly: HashMap<PeerSlot, Reassembly>,
     senders: Vec<Sender>,
     scratch: Vec<u8>,
+    /// The segments of one super-frame that only this switch can cut.
+    pub(crate) segments: Vec<u8>,
     held: HashMap<PortSlot, Held>,
     stolen: HashMap<(Vni, MacAddr, PortSlot), Instant>,
     swept: Instant,
@@ -113,6 +115,7 @@ impl Worker {
             reassembly: HashMap::new(),
             senders: Vec::new(),
             scratch: Vec::new(),
+            segments: Vec::new(),
             held: HashMap::new(),
             stolen: HashMap::new(),
             swept: Instant(0),

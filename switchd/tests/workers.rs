@@ -388,6 +388,58 @@ fn no_slice_makes_room_for_a_frame_larger_than_what_crosses() {
     assert_eq!(all[1].counters.drops.total(), 1);
 }
 
+/// A guest's VXLAN super-frame as a packet socket reports it: TCP, with a checksum far inside.
+fn vxlan(payload: usize) -> (Offload, Vec<u8>) {
+    let (_, inner) = tcp(payload);
+    let tunnelled = [&[8, 0, 0, 0, 0, 0, 9, 0][..], &inner].concat();
+    let mut bytes = Vec::new();
+    let builder = etherparse::PacketBuilder::ethernet2(mac(1).0, mac(2).0).ipv4([10, 5, 0, 1], [10, 5, 0, 2], 9);
+    builder.udp(7, 4789).write(&mut bytes, &tunnelled).unwrap();
+    // No checksum, as VXLAN over IPv4 has none.
+    bytes[40..42].fill(0);
+    let checksum = Some(Partial { start: 50 + 34, offset: 16 });
+    (Offload { checksum, segmentation: Segmentation::Tcp4, segment_size: 1300, ecn: false, header_len: 104 }, bytes)
+}
+
+#[test]
+fn a_tunnels_super_frame_is_cut_and_stays_between_its_neighbours() {
+    let mut all = hosts(2, 1400, 1472);
+    let (offload, mut bytes) = vxlan(3000);
+    let (mut before, mut behind) = (frame(mac(2), mac(1), 50), frame(mac(2), mac(1), 60));
+    let Host { worker, tables, out, .. } = &mut all[0];
+    let mut frames = [
+        Frame { offload: Ok(Offload::default()), bytes: &mut before },
+        Frame { offload: Ok(offload), bytes: &mut bytes },
+        Frame { offload: Ok(Offload::default()), bytes: &mut behind },
+    ];
+
+    worker.outbound(NOW, tables, PORT, &mut frames, out);
+    carry(&mut all);
+
+    let lens: Vec<_> = all[1].out.delivered.iter().map(|(_, _, frame)| frame.len()).collect();
+    assert_eq!(lens, [64, 50 + 54 + 1300, 50 + 54 + 1300, 50 + 54 + 400, 74]);
+    assert!(all[1].out.delivered.iter().all(|(_, offload, _)| *offload == Offload::default()), "nothing is left to do");
+    let counted = all[0].counters.snapshot();
+    assert_eq!(counted.iter().find(|counter| counter.name == "software-segmentations").map(|counter| counter.value), Some(1));
+    let port = all[0].tables.ports[0].as_ref().unwrap().traffic.snapshot();
+    assert_eq!((port.frames_in, port.bytes_in), (3, 64 + 3104 + 74), "frames count as the guest sent them");
+}
+
+#[test]
+fn a_tunnels_super_frame_that_was_on_hold_is_cut_when_the_gate_opens() {
+    let mut all = hosts(2, 1400, 1472);
+    all[0].tables.ports[0].as_mut().unwrap().gate = Gate::Hold;
+    let (offload, bytes) = vxlan(3000);
+    all[0].speak(PORT, offload, &bytes);
+    assert_eq!(carry(&mut all), 0);
+
+    all[0].tables.ports[0].as_mut().unwrap().gate = Gate::Open;
+    let Host { worker, tables, out, .. } = &mut all[0];
+    worker.tables_changed(NOW, tables, out);
+    carry(&mut all);
+    assert_eq!(all[1].out.delivered.len(), 3);
+}
+
 #[test]
 fn a_super_frame_of_more_parts_than_one_write_takes_arrives_in_two() {
     let mut all = hosts(2, 1400, 1472);

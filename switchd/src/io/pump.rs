@@ -209,6 +209,7 @@ impl Pump {
         match port.read(&mut self.frames) {
             Ok(()) => (),
             Err(ReadError::Empty) => return,
+            Err(ReadError::Refused(reason)) => return self.ways.counters.drops.count(reason),
             Err(ReadError::Gone) => return self.ways.lose(slot),
         }
         let counters = &self.ways.counters;

@@ -64,6 +64,8 @@ pub enum WriteError {
 pub enum ReadError {
     /// Nothing there now.
     Empty,
+    /// A frame was there that the kernel could not hand over as it is; others may follow.
+    Refused(DropReason),
     /// The interface has gone.
     Gone,
 }

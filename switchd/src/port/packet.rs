@@ -90,6 +90,8 @@ impl PortIo for Packet {
             Ok(0) => Err(ReadError::Empty),
             Ok(_) => Ok(()),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => Err(ReadError::Empty),
+            // A super-frame of a kind that virtio_net_hdr has no word for (SCTP, UFO); the kernel throws it away.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(ReadError::Refused(DropReason::Segmentation)),
             Err(_) if self.is_gone() => Err(ReadError::Gone),
             Err(_) => Err(ReadError::Empty),
         }

@@ -3,10 +3,12 @@
 use super::Namespace;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a stream may stand still.
 const STANDSTILL: Duration = Duration::from_secs(20);
+/// How long it may take: a second would do.
+const CREEPING: Duration = Duration::from_secs(60);
 
 /// Bytes that differ from place to place, so that none can take another's.
 pub fn pattern(len: usize) -> Vec<u8> {
@@ -19,9 +21,16 @@ fn speak(mut stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
 }
 
 fn hear(mut stream: &TcpStream) -> io::Result<Vec<u8>> {
-    let mut heard = Vec::new();
-    stream.read_to_end(&mut heard)?;
-    Ok(heard)
+    let (mut heard, mut bytes, deadline) = (Vec::new(), vec![0; 1 << 16], Instant::now() + CREEPING);
+    loop {
+        match stream.read(&mut bytes)? {
+            0 => return Ok(heard),
+            len => heard.extend_from_slice(&bytes[..len]),
+        }
+        if Instant::now() > deadline {
+            return Err(io::Error::other(format!("only {} bytes within {} s", heard.len(), CREEPING.as_secs())));
+        }
+    }
 }
 
 fn patient(stream: &TcpStream) -> io::Result<()> {
