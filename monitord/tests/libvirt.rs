@@ -161,6 +161,7 @@ fn starts(host: &Host, image: &ImageFiles) {
     let lines: Vec<&str> = console.lines().map(str::trim_end).collect();
     assert!(lines.contains(&"config: NAME=vlt-c1") && lines.contains(&"config: ODD='a<b>&\"c\",d'"), "{console}");
     assert!(lines.contains(&"root: root-image"), "{console}");
+    assert!(lines.contains(&"ufo: 0"), "VIRTIO_NET_F_HOST_UFO, bit 14: {console}");
     assert!(lines.contains(&"mtu: 1400"), "the network's, from the interface itself: {console}");
     runs_at(host);
 }

@@ -32,6 +32,7 @@ ip link set eth0 up; ip addr add ADDRESS/24 dev eth0
 sed 's/^/config: /' /sys/firmware/qemu_fw_cfg/by_name/opt/org.violin/guest/raw
 echo "root: $(head -c 10 /dev/vda)"
 echo "mtu: $(cat /sys/class/net/eth0/mtu)"
+echo "ufo: $(cut -c15 /sys/class/net/eth0/device/features)"
 (while :; do dd if=/dev/zero of=/tmp/dirt bs=64k count=256 2>/dev/null; sleep 0.05; done) &
 echo violin-guest: ready
 count=0; while :; do count=$((count+1)); echo "tick $count"; sleep 0.1; done

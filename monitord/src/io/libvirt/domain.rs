@@ -64,6 +64,7 @@ pub(super) fn uuid(vm: &VmId) -> [u8; 16] {
 /// Writes the description a VM is started with.
 ///
 /// The guest's driver is told the network's MTU (`host_mtu` of virtio-net): an image that knows nothing of us gets it right.
+/// UDP it does not hand over to be cut into fragments, as kernels before 4.14 would: no packet socket can read that.
 /// The CPU under translation is `qemu64`, which every
 /// QEMU can run, so a VM can move to any host; with hardware it is the host's own model. Reset ends in a reboot of the
 /// same QEMU, everything else ends the domain: it is transient, so nothing is left behind. The guest's configuration goes
@@ -116,6 +117,7 @@ pub(super) fn describe(spec: &VmSpec, places: &Places, accel: Accel) -> String {
       <mac address='{mac}'/>
       <target dev='{interface}' managed='no'/>
       <model type='virtio'/>
+      <driver><host ufo='off'/></driver>
       <mtu size='{mtu}'/>
     </interface>
     <serial type='file'><source path='{console}' append='on'/><target port='0'/></serial>

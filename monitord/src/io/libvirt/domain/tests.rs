@@ -58,6 +58,14 @@ fn a_guest_is_told_the_mtu_of_its_network() {
 }
 
 #[test]
+fn a_guest_hands_over_no_udp_to_be_cut_into_fragments() {
+    let xml = describe(&spec(), &places("h1", None), Accel::Tcg);
+
+    let (_, interface) = xml.split_once("<interface ").expect("an interface");
+    assert!(interface.contains("<driver><host ufo='off'/></driver>"), "{interface}");
+}
+
+#[test]
 fn the_memory_of_a_translated_guest_is_no_multiple_of_64_pages() {
     for mib in [1, 256, 1000, 4096] {
         let xml = describe(&VmSpec { memory_mib: mib, ..spec() }, &places("h1", None), Accel::Tcg);
