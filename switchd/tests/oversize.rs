@@ -4,7 +4,8 @@
 mod support;
 
 use support::bulk::there_and_back;
-use support::{Host, MTU, Namespace, guest, two_hosts, vni};
+use support::site::Site;
+use support::{Host, MTU, Namespace, guest, two_hosts, until, vni};
 use switchd::tables::WorkerEvent;
 
 /// Bytes that cross each way: thousands of segments.
@@ -73,4 +74,23 @@ fn that_a_stations_packets_are_larger_than_the_network_s_is_counted_and_told_onc
         told.extend(matches!(event, WorkerEvent::Oversize { .. }).then_some(event));
     }
     assert_eq!(told, [WorkerEvent::Oversize { port: switchd::tables::PortSlot(1), len: 1500 }]);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn the_log_says_once_what_an_operator_can_set() {
+    let mut site = Site::new(2);
+    for number in [1, 2] {
+        site.guest(number);
+        site.guests[&number].run("ip link set e0 mtu 1500");
+        site.start(number);
+    }
+    until("both are connected", || (1..=2).all(|number| site.connected(number) == 1));
+
+    site.guests[&1].run("busybox ping -c 3 -W 5 -s 1472 192.168.5.2");
+
+    let said = |number| site.log(number).lines().filter(|line| line.contains("want the station's MTU at 1400")).count();
+    until("the log has it", || said(1) > 0 && said(2) > 0);
+    assert_eq!((said(1), said(2)), (1, 1));
+    assert!(site.log(1).lines().any(|line| line.contains("WARN") && line.contains("1400") && line.contains("interface: \"g\"")));
 }
