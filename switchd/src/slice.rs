@@ -12,6 +12,8 @@ use violin_common::wire::mesh::{Kind, OUTER_LEN, OVERHEAD, Outer, SLICE_LEN, Sli
 
 /// Datagrams in one burst. Source: UDP_MAX_SEGMENTS of older kernels.
 pub const MAX_SEGMENTS: usize = 64;
+/// Payload a TCP segment is cut down to at least, in bytes; below it more headers than bytes would cross.
+const SMALLEST_CUT: u16 = 256;
 /// Bytes in one burst: the largest UDP payload over IPv4.
 pub const MAX_BURST: usize = 65_507;
 
@@ -121,15 +123,20 @@ impl Sender {
 
     /// Puts a frame into the arena as as many datagrams as the path needs.
     ///
-    /// A super-frame is cut at its segments. When not even one segment fits a datagram it is segmented here, and its
-    /// segments cross as ordinary frames.
+    /// A super-frame is cut at its segments. Where those do not fit a datagram, as those of a station with a larger MTU than
+    /// its network's, TCP's become smaller, as the kernel does it to make room for a tunnel's headers
+    /// (skb_decrease_gso_size): a stream has no boundaries, and the super-frame stays one. UDP's datagrams do have them: each
+    /// crosses as an ordinary frame, in slices.
     pub fn cross(&mut self, slot: PeerSlot, peer: &Peer, crossing: &Crossing<'_>, scratch: &mut Vec<u8>, arena: &mut Arena) {
         let room = usize::from(peer.max_datagram).saturating_sub(OVERHEAD).max(1);
         let (offload, frame) = (crossing.offload, crossing.frame);
         let Some(transport) = crossing.transport.filter(|_| offload.is_super()) else {
             return self.cross_ordinary(slot, peer, crossing, room, arena);
         };
-        if transport.payload + usize::from(offload.segment_size) > room {
+        let fits = u16::try_from(room.saturating_sub(transport.payload)).unwrap_or(u16::MAX);
+        let segment_size =
+            if transport.tcp && fits >= SMALLEST_CUT { offload.segment_size.min(fits) } else { offload.segment_size };
+        if segment_size > fits {
             transport::segments(frame, &transport, offload.segment_size, scratch, |segment, offload| {
                 let crossing = Crossing { offload, frame: segment, ..*crossing };
                 self.cross_ordinary(slot, peer, &crossing, room, arena);
@@ -145,9 +152,9 @@ impl Sender {
             frame_id: self.frame_id,
             offset: transport.payload as u32,
             total: frame.len() as u32,
-            segment_size: offload.segment_size,
+            segment_size,
         };
-        for piece in payload.chunks(usize::from(offload.segment_size.max(1))) {
+        for piece in payload.chunks(usize::from(segment_size.max(1))) {
             let outer = self.outer(peer);
             arena.datagram((slot, peer), &outer, &slice, [headers, piece]);
             slice.offset += piece.len() as u32;

@@ -301,8 +301,8 @@ impl Switch {
                 let mtu = self.networks.get(&spec.vni).map_or(0, |network| network.spec.mtu);
                 tracing::warn!(
                     %port, at = ?spec.kind, vni = %spec.vni, bytes = len, mtu,
-                    "a station sends packets larger than its network's MTU: they are carried, in more datagrams and so \
-                     slower (counter oversize-carried); want the station's MTU at {mtu}, or a larger `mtu` of the network on \
+                    "a station sends packets larger than its network's MTU: they are carried, in more datagrams (counter \
+                     oversize-carried); want the station's MTU at {mtu}, or a larger `mtu` of the network on \
                      every host"
                 );
             }
