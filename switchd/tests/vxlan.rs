@@ -5,6 +5,7 @@ mod support;
 
 use std::net::UdpSocket;
 use std::time::Duration;
+use support::bulk::there_and_back;
 use support::{MTU, Namespace, guest, run, two_hosts, until, vni};
 use violin_common::MacAddr;
 use violin_common::api::switch::PortKind;
@@ -80,4 +81,30 @@ fn a_gateway_on_all_addresses_speaks_from_the_one_its_foreign_end_speaks_to() {
 
     let (_, from) = end.recv_from(&mut [0; 2000]).unwrap();
     assert_eq!(from.ip().to_string(), "10.98.0.3");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn stations_with_a_larger_mtu_speak_tcp_with_a_foreign_tunnel_end_that_takes_less() {
+    let (mut a, mut b) = two_hosts(&[vni(5)], MTU);
+    let (g1, g2) = (guest(&a.ns, "p1", "10.5.0.1", 1500), guest(&b.ns, "p1", "10.5.0.2", 1500));
+    a.packet_port(vni(5), "p1", MTU);
+    b.packet_port(vni(5), "p1", MTU);
+    let foreign = Namespace::new("foreign");
+    run(&format!("ip link add wan netns {} type veth peer name wan netns {}", a.ns.0, foreign.0));
+    a.ns.run("ip addr add 10.98.0.1/24 dev wan && ip link set wan up");
+    // To the foreign end less passes than from it, and nobody but the switch knows.
+    a.ns.run("ip route change 10.98.0.0/24 dev wan src 10.98.0.1 mtu 1400");
+    foreign.run("ip addr add 10.98.0.2/24 dev wan && ip link set wan up");
+    foreign.run("ip link add vx type vxlan id 77 remote 10.98.0.1 local 10.98.0.2 dstport 4789 dev wan");
+    foreign.run("ip addr add 10.5.0.9/24 dev vx && ip link set vx mtu 1450 up");
+    let port = a.announce_port(vni(5), true);
+    let (local, remote) = ("10.98.0.1:4789".parse().unwrap(), "10.98.0.2:4789".parse().unwrap());
+    a.attach(port, &PortKind::Vxlan { local, remote, remote_vni: vni(77) }, MTU);
+
+    for station in [&g1, &g2] {
+        let carried = there_and_back(station, &foreign, [10, 5, 0, 9].into(), 1 << 20);
+        assert_eq!(carried, Ok(()), "{:?} {:?}", a.drops(), b.drops());
+    }
+    assert!(a.drops().iter().any(|(name, _)| name == "drop.gateway-too-big"), "nothing was too big: {:?}", a.drops());
 }
