@@ -3,10 +3,9 @@
 
 use anyhow::Context;
 use clap::Parser;
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use violin_channel::log;
 use violin_channel::tls::Credentials;
 use violin_common::config::adapt::AdaptConfig;
 
@@ -28,10 +27,18 @@ struct Arguments {
 }
 
 fn main() -> std::process::ExitCode {
-    match start(&Arguments::parse()) {
+    let arguments = Arguments::parse();
+    let log = match log::start("VIOLIN_LOG", "info") {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("adaptd: cannot begin its log: {error}");
+            return std::process::ExitCode::FAILURE;
+        }
+    };
+    match start(&arguments) {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("adaptd: {error:#}");
+            log.say(format_args!("adaptd: {error:#}"));
             std::process::ExitCode::FAILURE
         }
     }
@@ -46,9 +53,6 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
         println!("{path}: good");
         return Ok(());
     }
-    let filter = EnvFilter::try_from_env("VIOLIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;

@@ -3,7 +3,8 @@
 use anyhow::Context;
 use clap::Parser;
 use std::path::PathBuf;
-use tracing_subscriber::EnvFilter;
+use std::process::ExitCode;
+use violin_channel::log;
 use violin_common::config::monitor::MonitorConfig;
 
 /// Samples this host's guests, drives its hypervisor, speaks to its switch.
@@ -18,11 +19,25 @@ struct Arguments {
     check: bool,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    let log = match log::start("RUST_LOG", "info") {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("monitord: cannot begin its log: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match start(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log.say(format_args!("monitord: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(arguments: &Arguments) -> anyhow::Result<()> {
     let path = arguments.config.display();
     let text = std::fs::read_to_string(&arguments.config).with_context(|| format!("reading {path}"))?;
     let config = MonitorConfig::parse(&text).with_context(|| format!("in {path}"))?;

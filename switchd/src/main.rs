@@ -1,7 +1,6 @@
 //! `switchd --config FILE`: one switch of the mesh.
 
 use clap::Parser;
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use switchd::io::run;
@@ -23,13 +22,13 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,quinn=warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
+    let log = match violin_channel::log::start("RUST_LOG", "info,quinn=warn") {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("switchd: cannot begin its log: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     let result = if arguments.check {
         run::load(&arguments.config).map(|(config, _)| {
             println!(
@@ -51,7 +50,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("switchd: {error:#}");
+            log.say(format_args!("switchd: {error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -93,6 +93,7 @@ fn at_once(shared: &Shared, request: AdaptRequest) -> Result<AdaptReply, String>
             hosts: count(world.connected().len()),
             vms: count(world.state.vms.len()),
             moving: count(world.state.migrations.values().filter(|seen| seen.outcome == Outcome::Running).count()),
+            log_lines_lost: violin_channel::log::lines_lost(),
         }),
         AdaptRequest::SetMode(mode) => {
             let kept = KeptMode { set: mode, configured: shared.config.mode };

@@ -133,6 +133,11 @@ impl Deployment {
     /// Starts the manager's process.
     pub(crate) fn start(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(self.directory.path().join("log")).unwrap();
+        self.start_logging(log.into());
+    }
+
+    /// The same with another standard error.
+    pub(crate) fn start_logging(&mut self, log: Stdio) {
         let child = Process::new(env!("CARGO_BIN_EXE_adaptd"))
             .arg("--config")
             .arg(self.directory.path().join("adaptd.toml"))

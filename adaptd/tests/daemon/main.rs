@@ -52,6 +52,25 @@ async fn an_environment_comes_up_as_a_whole_and_goes_without_a_trace() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_goes_nowhere_neither_ends_nor_holds_up_the_manager() {
+    let mut deployment = Deployment::new("observe").await;
+    assert!(deployment.terminate(), "{}", deployment.log());
+
+    deployment.start_logging(std::fs::File::options().write(true).open("/dev/full").unwrap().into());
+    deployment.until("three hosts are connected", |deployment| deployment.connected() == 3).await;
+    let AdaptReply::Status(status) = deployment.ask(AdaptRequest::Status).await.unwrap() else { panic!() };
+    assert!(status.log_lines_lost > 0, "{status:?}");
+    assert!(deployment.terminate(), "its end is a clean one");
+
+    let (_reader, mut writer) = std::io::pipe().unwrap();
+    std::io::Write::write_all(&mut writer, &[b'\n'; 1 << 16]).unwrap(); // as much as a pipe takes
+    deployment.start_logging(writer.into());
+    deployment.until("three hosts are connected", |deployment| deployment.connected() == 3).await;
+    deployment.up("alpha", &[]).await;
+    assert!(deployment.terminate(), "its end is a clean one");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_environment_that_cannot_start_whole_does_not_start() {
     let deployment = Deployment::new("act").await;
     deployment.fail("h1", "start", "alpha-c2");

@@ -51,6 +51,9 @@ pub(crate) fn mode(target: &Target, output: Output, new: Option<ModeWord>) -> Re
         status.moving,
         status.version
     );
+    if status.log_lines_lost > 0 {
+        say!("{} lines of the manager's log were lost: its standard error did not take them", status.log_lines_lost);
+    }
     Ok(())
 }
 

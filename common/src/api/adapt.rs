@@ -115,6 +115,9 @@ pub struct AdaptStatus {
     pub vms: u32,
     /// Moves under way.
     pub moving: u32,
+    /// Lines of its log that were lost since it started.
+    #[serde(default)]
+    pub log_lines_lost: u64,
 }
 
 /// A host as listed.

@@ -98,7 +98,9 @@ fn outrank_others() {
     let parameter = libc::sched_param { sched_priority: 1 };
     // SAFETY: `parameter` is a sched_param that outlives the call; 0 is this thread.
     if unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const parameter) } < 0 {
-        eprintln!("no real-time scheduling ({}): delays will grow with load", io::Error::last_os_error());
+        // A log on a full disk is no reason to end: `eprintln!` would.
+        let error = io::Error::last_os_error();
+        let _ = writeln!(io::stderr(), "no real-time scheduling ({error}): delays will grow with load");
         // SAFETY: takes numbers only.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
     }

@@ -4,7 +4,7 @@ use super::{World, ip};
 use monitord::io::netlink::inside;
 use std::fs::File;
 use std::path::PathBuf;
-use std::process::{Child, Command as Process};
+use std::process::{Child, Command as Process, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Runtime;
@@ -115,18 +115,23 @@ fn tls(world: &World, host: &str) -> String {
     format!(r#"tls = {{ ca = "{pki}/ca.pem", cert = "{pki}/{host}.pem", key = "{pki}/{host}.key" }}"#)
 }
 
-fn spawn(world: &World, host: &str, program: PathBuf, config: &str) -> Daemon {
+fn spawn(world: &World, host: &str, program: PathBuf, config: &str, log: Stdio) -> Daemon {
     let name = program.file_stem().unwrap().to_string_lossy().into_owned();
     let file = world.dir.path().join(format!("{host}-{name}.toml"));
     std::fs::write(&file, config).unwrap();
     let netns = format!("--net={}", world.netns_path(host).display());
-    let daemon = Process::new("nsenter").arg(netns).arg(program).arg("--config").arg(file).spawn();
+    let daemon = Process::new("nsenter").arg(netns).arg(program).arg("--config").arg(file).stderr(log).spawn();
     // nsenter becomes the daemon: it forks only for PID namespaces.
     Daemon(daemon.unwrap())
 }
 
 /// A monitor with the sandbox driver.
 pub fn monitord(world: &World, host: &str, pause: &str) -> Daemon {
+    monitord_logging(world, host, pause, Stdio::inherit())
+}
+
+/// The same with another standard error.
+pub fn monitord_logging(world: &World, host: &str, pause: &str, log: Stdio) -> Daemon {
     let dir = world.dir.path().display();
     let (tls, tag, number) = (tls(world, host), &world.tag, number(host));
     let config = format!(
@@ -144,7 +149,7 @@ pub fn monitord(world: &World, host: &str, pause: &str) -> Daemon {
         driver = {{ kind = "sandbox", shared = "{dir}/shared", guest-program = "{dir}/guest.sh", pause = "{pause}" }}
         "#
     );
-    spawn(world, host, env!("CARGO_BIN_EXE_monitord").into(), &config)
+    spawn(world, host, env!("CARGO_BIN_EXE_monitord").into(), &config, log)
 }
 
 /// The switch of a host: `target/…/switchd` beside the monitor, or what VIOLIN_SWITCHD names.
@@ -165,5 +170,5 @@ pub fn switchd(world: &World, host: &str) -> Daemon {
         {tls}
         "#
     );
-    spawn(world, host, program, &config)
+    spawn(world, host, program, &config, Stdio::inherit())
 }

@@ -18,6 +18,11 @@ pub const READY: &str = "violin-guest: ready";
 /// How long a step may take: a guest may boot on a small share of a core.
 const LIMIT: Duration = Duration::from_secs(120);
 
+/// A line on the console. One that cannot be written, its host's disk being full, is no reason for a guest to end.
+fn say(words: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "violin-guest: {words}");
+}
+
 /// Becomes the guest that the file describes.
 ///
 /// Errors: the guest cannot be set up; it is of no use then.
@@ -25,7 +30,7 @@ pub fn run(path: &Path) -> Result<Infallible> {
     let Err(error) = try_run(path);
     if std::process::id() == 1 && std::env::var_os("VIOLIN_SANDBOX").is_none() {
         // The end of a VM's first process is a kernel panic, which would bury the reason.
-        eprintln!("violin-guest: {error:#}");
+        say(format_args!("{error:#}"));
         let _ = reboot(RebootMode::RB_POWER_OFF);
     }
     Err(error)
@@ -48,15 +53,17 @@ fn try_run(path: &Path) -> Result<Infallible> {
     let again = config.clone();
     Node::start(link::INTERFACE, config.canary, Path::new(SOCKET), move || {
         if let Err(error) = link::set_up(&again) {
-            eprintln!("violin-guest: the interface came back and could not be set up: {error:#}");
+            say(format_args!("the interface came back and could not be set up: {error:#}"));
         }
     })?;
     std::thread::spawn(|| match ssh::wait(LIMIT) {
         Ok(()) => {
-            println!("{READY}");
-            let _ = std::io::stdout().flush();
+            // Without it nobody takes this guest for ready: said again until it is taken.
+            while writeln!(std::io::stdout(), "{READY}").and_then(|()| std::io::stdout().flush()).is_err() {
+                std::thread::sleep(Duration::from_secs(1));
+            }
         }
-        Err(error) => eprintln!("violin-guest: {error:#}"),
+        Err(error) => say(format_args!("{error:#}")),
     });
     look_after(server)
 }
@@ -66,11 +73,11 @@ fn look_after(mut server: u32) -> Result<Infallible> {
     loop {
         match waitpid(None::<Pid>, None) {
             Ok(status) if status.pid().is_some_and(|pid| u32::try_from(pid.as_raw()) == Ok(server)) => {
-                eprintln!("violin-guest: the ssh server ended ({status:?}), starting it again");
+                say(format_args!("the ssh server ended ({status:?}), starting it again"));
                 std::thread::sleep(Duration::from_secs(1));
                 match ssh::start() {
                     Ok(started) => server = started,
-                    Err(error) => eprintln!("violin-guest: {error:#}"),
+                    Err(error) => say(format_args!("{error:#}")),
                 }
             }
             Ok(_) | Err(Errno::EINTR) => {}

@@ -6,7 +6,7 @@ use crate::counters::Counters;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use violin_channel::local::{self, Sink};
-use violin_common::api::switch::{SwitchReply, SwitchRequest};
+use violin_common::api::switch::{Counter, SwitchReply, SwitchRequest};
 
 /// What answers are made of.
 #[derive(Debug, Clone)]
@@ -27,6 +27,7 @@ impl Api {
             SwitchRequest::Counters => {
                 let mut all = self.counters.snapshot();
                 all.extend(self.control.snapshot());
+                all.push(Counter { name: "log.lines-lost".into(), value: violin_channel::log::lines_lost() });
                 Ok(SwitchReply::Counters(all))
             }
             SwitchRequest::Traffic => Ok(SwitchReply::Traffic(self.dataplane.traffic())),

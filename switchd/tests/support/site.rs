@@ -119,23 +119,28 @@ impl Site {
     }
 
     pub fn start_with(&mut self, number: usize, pki_directory: &str, extra: &str) {
-        let config = self.config(number, pki_directory, extra);
         let log = std::fs::File::options()
             .create(true)
             .append(true)
             .open(self.directory.path().join(format!("h{number}.log")))
             .unwrap();
+        self.launch(number, pki_directory, extra, "info,switchd=debug", log.into());
+        until("the switch answers", || ask::<_, SwitchReply>(&self.socket(number), &SwitchRequest::Status).is_ok());
+    }
+
+    /// Starts a switch with this log, and waits for nothing.
+    pub fn launch(&mut self, number: usize, pki_directory: &str, extra: &str, level: &str, log: Stdio) {
+        let config = self.config(number, pki_directory, extra);
         let child = Command::new("nsenter")
             .arg(format!("--net={}", self.hosts[&number].path()))
             .args([env!("CARGO_BIN_EXE_switchd"), "--config"])
             .arg(config)
-            .env("RUST_LOG", "info,switchd=debug")
+            .env("RUST_LOG", level)
             .stdin(Stdio::null())
             .stderr(log)
             .spawn()
             .unwrap();
         self.daemons.insert(number, Daemon(child));
-        until("the switch answers", || ask::<_, SwitchReply>(&self.socket(number), &SwitchRequest::Status).is_ok());
     }
 
     /// Starts a switch that carries the network and has the guest's port.

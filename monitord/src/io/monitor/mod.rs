@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant as Clock;
 use tokio::sync::broadcast;
-use violin_common::api::switch::{OwnedMac, Ownership, PortKind, PortSpec, SwitchRequest};
+use violin_common::api::switch::{Counter, OwnedMac, Ownership, PortKind, PortSpec, SwitchReply, SwitchRequest};
 use violin_common::config::monitor::MonitorConfig;
 use violin_common::control::monitor::{
     Answer, Command, DestinationFigures, Hello, PROTOCOL, Report, SourceFigures, VmSeen, VmState,
@@ -203,7 +203,15 @@ impl Monitor {
                 self.hypervisor.set_cpu(&vm, shares, cap).map(|()| Answer::Done).map_err(|e| e.to_string())
             }
             Command::List => self.list().map(Answer::Vms),
-            Command::Switch(request) => Ok(Answer::Switch(self.switch.ask(&request).map_err(|error| error.to_string()))),
+            Command::Switch(request) => {
+                let mut reply = self.switch.ask(&request).map_err(|error| error.to_string());
+                // The monitor has no socket of its own: what it counts stands beside what its switch does.
+                if let Ok(SwitchReply::Counters(counters)) = &mut reply {
+                    let value = violin_channel::log::lines_lost();
+                    counters.push(Counter { name: "monitor.log-lines-lost".into(), value });
+                }
+                Ok(Answer::Switch(reply))
+            }
         };
         result.unwrap_or_else(|words| {
             tracing::warn!(command = %name.split([' ', '(']).next().unwrap_or_default(), %words, "failed");
