@@ -91,6 +91,7 @@ enum Command {
     /// List hosts.
     ///
     /// CORES as declared, WANTED the cores its VMs want, SCORE its high-demand VMs a core, SEEN the age of its last observation.
+    /// WANTED, SCORE and the free memory are `-` when its monitor is away or its last observation older than `max-age` (10 s).
     Host,
     /// VMs: list, migrate, abort a move.
     #[command(subcommand)]

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use violin_channel::local::Sink;
 use violin_common::api::Response;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, AdaptStatus, EnvironmentSeen, Event, Outcome};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, AdaptStatus, Condition, EnvironmentSeen, Event, Outcome};
 use violin_common::control::monitor::{Answer, Command};
 use violin_common::{HostId, VmId};
 
@@ -107,18 +107,22 @@ fn at_once(shared: &Shared, request: AdaptRequest) -> Result<AdaptReply, String>
             let list = world.state.environments.iter().map(|(name, known)| EnvironmentSeen {
                 spec: known.stored.spec.clone(),
                 home: known.stored.home.clone(),
-                vms: world.list_vms(Some(name)),
+                vms: world.list_vms(now, &shared.config, Some(name)),
             });
             AdaptReply::Environments(list.collect())
         }
         AdaptRequest::HostList => AdaptReply::Hosts(world.list_hosts(now, &shared.config)),
-        AdaptRequest::VmList => AdaptReply::Vms(world.list_vms(None)),
+        AdaptRequest::VmList => AdaptReply::Vms(world.list_vms(now, &shared.config, None)),
         AdaptRequest::MigrationList => AdaptReply::Migrations(world.state.migrations.values().cloned().collect()),
         AdaptRequest::DecisionList { last } => {
             let skip = world.state.decisions.len().saturating_sub(last as usize);
             AdaptReply::Decisions(world.state.decisions.iter().skip(skip).cloned().collect())
         }
-        AdaptRequest::Why { vm } => AdaptReply::Words(explain::why(&world.state, &vm, &world.refusals, now)?),
+        AdaptRequest::Why { vm } => {
+            let known = world.condition(now, &vm, &shared.config) != Condition::Unknown;
+            let sight = if known { explain::Sight::Known } else { explain::Sight::Lost(world.heard_of(now, &vm)) };
+            AdaptReply::Words(explain::why(&world.state, &vm, sight, &world.refusals, now)?)
+        }
         other => return Err(format!("got {other:?}, which is answered elsewhere")),
     })
 }

@@ -23,7 +23,9 @@ async fn crowded(mode: &str) -> Deployment {
     // Act on the whole picture only: the manager sees all demands before it may.
     deployment
         .until("demands are seen", |deployment| match deployment.ask_blocking(&AdaptRequest::VmList) {
-            Ok(AdaptReply::Vms(vms)) => vms.iter().filter(|vm| vm.smoothed_demand > 0.75).count() == 6,
+            Ok(AdaptReply::Vms(vms)) => {
+                vms.iter().filter(|vm| vm.smoothed_demand.is_some_and(|demand| demand > 0.75)).count() == 6
+            }
             _ => false,
         })
         .await;
@@ -538,7 +540,7 @@ async fn a_host_takes_no_vm_for_which_it_has_no_memory_really_free() {
     deployment.table.lock().unwrap().memory_free_mib.insert("h3".parse().unwrap(), 255);
     deployment
         .until("it is known", |deployment| match deployment.ask_blocking(&AdaptRequest::HostList) {
-            Ok(AdaptReply::Hosts(hosts)) => hosts.iter().any(|host| host.memory_free_mib == 255),
+            Ok(AdaptReply::Hosts(hosts)) => hosts.iter().any(|host| host.memory_free_mib == Some(255)),
             _ => false,
         })
         .await;
@@ -552,7 +554,7 @@ async fn a_host_takes_no_vm_for_which_it_has_no_memory_really_free() {
 async fn demand_that_is_no_longer_observed_is_not_believed() {
     let deployment = crowded("dry-run").await;
     let score = |deployment: &Deployment| match deployment.ask_blocking(&AdaptRequest::HostList) {
-        Ok(AdaptReply::Hosts(hosts)) => hosts.iter().find(|host| host.host.as_str() == "h1").map(|host| host.score),
+        Ok(AdaptReply::Hosts(hosts)) => hosts.iter().find(|host| host.host.as_str() == "h1").and_then(|host| host.score),
         _ => None,
     };
     deployment.until("h1 is crowded", |deployment| score(deployment).is_some_and(|score| score > 1.0)).await;
@@ -597,4 +599,57 @@ async fn a_second_manager_on_the_same_journal_does_not_start() {
 
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("journal"), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The monitor is dead, or the hypervisor below it, or it is connected and says nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_last_known_is_not_told_as_how_it_is() {
+    let json = |value: &AdaptReply| serde_json::to_value(value).unwrap();
+    let of_c1 = |deployment: &Deployment| {
+        let vms = json(&deployment.ask_blocking(&AdaptRequest::VmList).unwrap());
+        vms["vms"].as_array().unwrap().iter().find(|vm| vm["vm"] == "alpha-c1").unwrap().clone()
+    };
+    for lost in ["monitor", "hypervisor", "observations"] {
+        let mut deployment = Deployment::new("act").await;
+        deployment.up("alpha", &ALPHA).await;
+        assert_eq!(of_c1(&deployment)["state"], "running");
+
+        match lost {
+            "monitor" => deployment.kill_monitor("h1"),
+            "hypervisor" => drop(deployment.table.lock().unwrap().blind.insert("h1".parse().unwrap())),
+            _ => drop(deployment.table.lock().unwrap().mute.insert("h1".parse().unwrap())),
+        }
+
+        deployment.until(&format!("nothing is known ({lost})"), |deployment| of_c1(deployment)["state"] == "unknown").await;
+        let seen = of_c1(&deployment);
+        assert_eq!(
+            (&seen["last-state"], &seen["run"], &seen["host"]),
+            (&"running".into(), &serde_json::Value::Null, &"h1".into())
+        );
+        assert!(seen["seen-s"].as_f64().is_some_and(|age| age > 0.0), "{seen}");
+        let why = deployment.ask_blocking(&AdaptRequest::Why { vm: "alpha-c1".parse().unwrap() }).unwrap();
+        assert!(matches!(&why, AdaptReply::Words(words) if words.contains("alpha-c1 was on h1")), "{why:?}");
+        let hosts = json(&deployment.ask_blocking(&AdaptRequest::HostList).unwrap());
+        let known = hosts["hosts"][0]["demand-cores"].is_number();
+        assert_eq!(known, lost == "hypervisor", "{hosts}");
+        // Those of other hosts are known as before.
+        let vms = json(&deployment.ask_blocking(&AdaptRequest::VmList).unwrap());
+        let running = vms["vms"].as_array().unwrap().iter().filter(|vm| vm["state"] == "running").count();
+        assert_eq!(running, 2, "{vms}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_that_has_heard_nothing_yet_calls_no_vm_booting() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+
+    deployment.kill();
+    ["h1", "h2", "h3"].iter().for_each(|host| deployment.kill_monitor(host));
+    deployment.start();
+    deployment.until("it answers again", |deployment| deployment.ask_blocking(&AdaptRequest::Status).is_ok()).await;
+
+    let vms = serde_json::to_value(deployment.ask_blocking(&AdaptRequest::VmList).unwrap()).unwrap();
+    let states: Vec<_> = vms["vms"].as_array().unwrap().iter().map(|vm| &vm["state"]).collect();
+    assert_eq!(states, ["unknown"; 5]);
 }

@@ -3,7 +3,7 @@
 use crate::table::{Output, joined, or_dash, percent};
 use crate::target::Target;
 use anyhow::{Result, bail};
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Migration, Outcome, VmListed};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, Migration, Outcome, VmListed};
 use violin_common::{HostId, VmId};
 
 /// `violin vm …`
@@ -13,6 +13,8 @@ pub(crate) enum Vm {
     ///
     /// RUN, WAIT and DEMAND are of the last observation, in percent of the VM's vCPUs: time it ran, time it was ready and
     /// waited, and what the manager takes it to want. SMOOTHED is the mean of DEMAND that decisions are taken on.
+    /// STATE is `unknown`, with what it was and how long ago, and the figures are `-`, when its host's monitor is away or has not
+    /// told of it for `max-age` (10 s).
     List,
     /// Move a VM to another host while it runs, and wait for the end.
     ///
@@ -45,14 +47,23 @@ pub(crate) fn hosts(target: &Target, output: Output) -> Result<()> {
                 if host.connected { "yes" } else { "no" }.to_owned(),
                 host.driver.clone(),
                 format!("{:.1}", host.cores),
-                format!("{:.2}", host.demand_cores),
-                format!("{:.2}", host.score),
-                format!("{} of {} MiB", host.memory_free_mib, host.memory_mib),
+                or_dash(host.demand_cores.map(|cores| format!("{cores:.2}"))),
+                or_dash(host.score.map(|score| format!("{score:.2}"))),
+                format!("{} of {} MiB", or_dash(host.memory_free_mib), host.memory_mib),
                 or_dash(host.age_s.map(|age| format!("{age:.1} s ago"))),
                 joined(&host.vms),
             ]
         },
     )
+}
+
+/// How a VM is; if nobody says at present, how it was and when.
+fn condition(vm: &VmListed) -> String {
+    match (vm.state, vm.last_state, vm.seen_s) {
+        (Condition::Unknown, Some(last), Some(age)) => format!("unknown ({last} {age:.0} s ago)"),
+        (Condition::Unknown, Some(last), None) => format!("unknown (was {last})"),
+        (state, _, _) => state.to_string(),
+    }
 }
 
 /// Prints VMs as a table.
@@ -63,11 +74,11 @@ pub(crate) fn print(output: Output, vms: &[VmListed]) -> Result<()> {
             format!("{:?}", vm.role).to_lowercase(),
             vm.address.to_string(),
             or_dash(vm.host.as_ref()),
-            format!("{:?}", vm.state).to_lowercase(),
-            percent(vm.run),
-            percent(vm.wait),
-            percent(vm.demand),
-            percent(vm.smoothed_demand),
+            condition(vm),
+            or_dash(vm.run.map(percent)),
+            or_dash(vm.wait.map(percent)),
+            or_dash(vm.demand.map(percent)),
+            or_dash(vm.smoothed_demand.map(percent)),
             or_dash(vm.moving_to.as_ref()),
         ]
     })
