@@ -2,7 +2,7 @@
 
 use crate::model::{Snapshot, Standing};
 use crate::records::StoredEnvironment;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use violin_common::config::ConfigError;
 use violin_common::config::environment::{EnvironmentSpec, Node};
@@ -37,6 +37,14 @@ pub enum NotAdmitted {
         /// Host.
         host: HostId,
         /// Hosts there are.
+        known: String,
+    },
+    /// Its home is nowhere.
+    #[error("key `home`: got domain {home}, want one with a host whose monitor has called since the manager started: {known}")]
+    UnknownHome {
+        /// Which.
+        home: DomainId,
+        /// Domains there are.
         known: String,
     },
     /// A placement takes the head node out of its home domain.
@@ -94,6 +102,12 @@ pub fn place(
     if let Some(name) = asked.keys().find(|name| nodes.iter().all(|node| node.name != **name)) {
         return Err(NotAdmitted::UnknownNode(name.clone()));
     }
+    if let Some(home) = &spec.home
+        && !snapshot.hosts.is_empty()
+        && snapshot.hosts.values().all(|host| host.domain != *home)
+    {
+        return Err(NotAdmitted::UnknownHome { home: home.clone(), known: domains(snapshot) });
+    }
     let mut room = Room::of(snapshot);
     let mut home = spec.home.clone();
     let mut hosts = BTreeMap::new();
@@ -102,6 +116,7 @@ pub fn place(
         let Some(host) = asked.get(&node.name) else { continue };
         let Some(domain) = room.domain(host) else {
             let known = room.hosts.keys().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+            let known = if known.is_empty() { "(none)".into() } else { known };
             return Err(NotAdmitted::UnknownHost { node: node.name.clone(), host: host.clone(), known });
         };
         if node.role == Role::Head {
@@ -114,7 +129,7 @@ pub fn place(
         hosts.insert(node.vm.clone(), host.clone());
     }
     for node in nodes.iter().filter(|node| !asked.contains_key(&node.name)) {
-        let host = room.best(node, home.as_ref()).ok_or_else(|| room.none_for(node))?;
+        let host = room.best(node, home.as_ref()).ok_or_else(|| room.none_for(node, home.as_ref()))?;
         if home.is_none() {
             home = room.domain(&host);
         }
@@ -123,6 +138,12 @@ pub fn place(
     }
     let home = home.ok_or_else(|| ConfigError::value("group", "none", "at least a head node"))?;
     Ok(Placed { home, hosts })
+}
+
+/// Domains of all hosts, in words.
+pub fn domains(snapshot: &Snapshot) -> String {
+    let all: BTreeSet<_> = snapshot.hosts.values().map(|host| host.domain.to_string()).collect();
+    if all.is_empty() { "(none)".into() } else { all.into_iter().collect::<Vec<_>>().join(" ") }
 }
 
 /// What is left on each live host.
@@ -169,7 +190,7 @@ impl Room {
 
     fn take(&mut self, node: &Node, host: &HostId) -> Result<(), NotAdmitted> {
         if self.hosts.get(host).is_none_or(|left| left.memory_mib < node.memory_mib) {
-            return Err(self.none_for(node));
+            return Err(self.none_for(node, None));
         }
         if let Some(left) = self.hosts.get_mut(host) {
             left.memory_mib -= node.memory_mib;
@@ -178,12 +199,17 @@ impl Room {
         Ok(())
     }
 
-    fn none_for(&self, node: &Node) -> NotAdmitted {
+    fn none_for(&self, node: &Node, home: Option<&DomainId>) -> NotAdmitted {
         let free = match self.hosts.is_empty() {
             true => "no host is connected".to_owned(),
+            false if node.role == Role::Head && home.is_some_and(|home| self.hosts.values().all(|left| left.domain != *home)) => {
+                format!("no host of its home domain {} is connected", home.map(ToString::to_string).unwrap_or_default())
+            }
+            // A head node may not go to the others, whatever they have.
             false => self
                 .hosts
                 .iter()
+                .filter(|(_, left)| node.role == Role::Compute || home.is_none_or(|home| *home == left.domain))
                 .map(|(host, left)| format!("{host} has {} MiB free", left.memory_mib))
                 .collect::<Vec<_>>()
                 .join(", "),
@@ -291,6 +317,16 @@ mod tests {
         assert!(words(HOSTS, &[("c9", "h1")]).contains("c9"));
         assert!(words(HOSTS, &[("head", "h3")]).contains("home domain d1"));
         assert!(words("", &[]).contains("no host is connected"));
+        let elsewhere = HOSTS.replace(" d1 ", " d3 ");
+        let said = words(&elsewhere, &[]);
+        assert!(
+            said.contains("key `home`: got domain d1, want one with") && said.contains("d2 d3") && !said.contains("MiB"),
+            "{said}"
+        );
+        let away = HOSTS.replace("cores 3", "cores 3 away");
+        assert!(words(&away, &[]).contains("no host of its home domain d1 is connected"), "{}", words(&away, &[]));
+        let full = HOSTS.replace("cores 3", "cores 3 memory 100");
+        assert!(!words(&full, &[]).contains("h3 has"), "{}", words(&full, &[]));
         assert!(words("host h1 d1 cores 3 memory 100", &[]).contains("256 MiB"));
         let taken = BTreeMap::from([("beta".parse().unwrap(), alpha().network.vni)]);
         let clash = place(&HOSTS.parse().unwrap(), &taken, &alpha(), &BTreeMap::new()).unwrap_err().to_string();

@@ -41,6 +41,9 @@ pub async fn answer(shared: Arc<Shared>, request: AdaptRequest, sink: Sink<Adapt
                 if !snapshot.environments.contains_key(&environment) {
                     return Err(unknown(&environment, snapshot.environments.keys()));
                 }
+                if snapshot.hosts.values().all(|host| host.domain != to) {
+                    return Err(format!("got domain {to}, want one of: {}", crate::place::domains(snapshot)));
+                }
                 // An operator may overload cores: what the policy would refuse for want of them is found without them.
                 let policy = &shared.config.policy;
                 let gang = violin::gang(snapshot, policy, &environment, &to)

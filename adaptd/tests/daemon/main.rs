@@ -577,6 +577,10 @@ async fn what_cannot_be_moved_is_refused_in_words() {
         (migrate("alpha-c1", "h1"), "on h1 already"),
         (AdaptRequest::EnvMove { environment: "gamma".parse().unwrap(), to: "d2".parse().unwrap() }, "gamma"),
         (
+            AdaptRequest::EnvMove { environment: "alpha".parse().unwrap(), to: "d9".parse().unwrap() },
+            "got domain d9, want one of: d1 d2",
+        ),
+        (
             AdaptRequest::Switch { host: "h9".parse().unwrap(), request: SwitchRequest::PortList },
             "got host h9, want one whose monitor has called since this manager started: h1 h2 h3",
         ),
