@@ -39,6 +39,14 @@ pub enum NotAdmitted {
         /// Hosts there are.
         known: String,
     },
+    /// A placement names a host that takes nothing.
+    #[error("placement of {node}: got host {host}, which is being drained; want another, or `violin host undrain {host}` first")]
+    Draining {
+        /// Node.
+        node: String,
+        /// Host.
+        host: HostId,
+    },
     /// Its home is nowhere.
     #[error("key `home`: got domain {home}, want one with a host whose monitor has called since the manager started: {known}")]
     UnknownHome {
@@ -114,6 +122,9 @@ pub fn place(
     // Asked-for places first, so that the others see what is left.
     for node in &nodes {
         let Some(host) = asked.get(&node.name) else { continue };
+        if room.draining.contains(host) {
+            return Err(NotAdmitted::Draining { node: node.name.clone(), host: host.clone() });
+        }
         let Some(domain) = room.domain(host) else {
             let known = room.hosts.keys().map(ToString::to_string).collect::<Vec<_>>().join(" ");
             let known = if known.is_empty() { "(none)".into() } else { known };
@@ -149,6 +160,7 @@ pub fn domains(snapshot: &Snapshot) -> String {
 /// What is left on each live host.
 struct Room {
     hosts: BTreeMap<HostId, Left>,
+    draining: BTreeSet<HostId>,
 }
 
 struct Left {
@@ -160,7 +172,9 @@ struct Left {
 impl Room {
     fn of(snapshot: &Snapshot) -> Self {
         // A host that is connected but was not observed yet may well start a VM: its capacity is known from its HELLO.
-        let there = snapshot.hosts.iter().filter(|(_, host)| host.standing != Standing::Away);
+        let there = || snapshot.hosts.iter().filter(|(_, host)| host.standing != Standing::Away);
+        let draining = there().filter(|(_, host)| host.draining).map(|(name, _)| name.clone()).collect();
+        let there = there().filter(|(_, host)| !host.draining);
         let hosts = there.map(|(name, host)| {
             let promised: u32 = snapshot.held_by(name).map(|(_, vm)| vm.vcpus).sum();
             let left = Left {
@@ -170,7 +184,7 @@ impl Room {
             };
             (name.clone(), left)
         });
-        Self { hosts: hosts.collect() }
+        Self { hosts: hosts.collect(), draining }
     }
 
     fn domain(&self, host: &HostId) -> Option<DomainId> {
@@ -201,9 +215,13 @@ impl Room {
 
     fn none_for(&self, node: &Node, home: Option<&DomainId>) -> NotAdmitted {
         let free = match self.hosts.is_empty() {
-            true => "no host is connected".to_owned(),
+            true if self.draining.is_empty() => "no host is connected".to_owned(),
+            true => "all hosts that are connected are being drained".to_owned(),
             false if node.role == Role::Head && home.is_some_and(|home| self.hosts.values().all(|left| left.domain != *home)) => {
-                format!("no host of its home domain {} is connected", home.map(ToString::to_string).unwrap_or_default())
+                format!(
+                    "no host of its home domain {} is connected and not being drained",
+                    home.map(ToString::to_string).unwrap_or_default()
+                )
             }
             // A head node may not go to the others, whatever they have.
             false => self
@@ -324,10 +342,13 @@ mod tests {
             "{said}"
         );
         let away = HOSTS.replace("cores 3", "cores 3 away");
-        assert!(words(&away, &[]).contains("no host of its home domain d1 is connected"), "{}", words(&away, &[]));
+        assert!(words(&away, &[]).contains("no host of its home domain d1 is connected and not"), "{}", words(&away, &[]));
         let full = HOSTS.replace("cores 3", "cores 3 memory 100");
         assert!(!words(&full, &[]).contains("h3 has"), "{}", words(&full, &[]));
         assert!(words("host h1 d1 cores 3 memory 100", &[]).contains("256 MiB"));
+        let draining = HOSTS.replacen("cores 3", "cores 3 draining", 1);
+        assert!(words(&draining, &[("c1", "h1")]).contains("got host h1, which is being drained"));
+        assert!(placed(&draining, &[]).unwrap().hosts.values().all(|host| host.as_str() != "h1"));
         let taken = BTreeMap::from([("beta".parse().unwrap(), alpha().network.vni)]);
         let clash = place(&HOSTS.parse().unwrap(), &taken, &alpha(), &BTreeMap::new()).unwrap_err().to_string();
         assert!(clash.contains("network.vni") && clash.contains("beta"), "{clash}");

@@ -32,6 +32,8 @@ fn host(name: &str, connected: bool) -> HostSeen {
         memory_free_mib: connected.then_some(64),
         age_s: None,
         vms: Vec::new(),
+        draining: false,
+        staying: Vec::new(),
     }
 }
 

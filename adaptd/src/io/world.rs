@@ -127,6 +127,11 @@ impl Shared {
     }
 }
 
+/// Whether a refusal tells what keeps a VM on a host that is to be emptied.
+fn keeps(refusal: &Refusal, on: &HostId) -> bool {
+    matches!(refusal, Refusal::CannotLeave { host, .. } if host == on)
+}
+
 impl World {
     /// The snapshot of this instant.
     pub fn snapshot(&self, now: Instant, config: &AdaptConfig) -> Snapshot {
@@ -145,6 +150,7 @@ impl World {
                 memory_mib: self.memory_mib(name, hello.memory_mib),
                 driver: hello.driver.clone(),
                 standing,
+                draining: self.state.takes_nothing(name),
             };
             (name.clone(), host)
         });
@@ -259,6 +265,8 @@ impl World {
                 memory_free_mib: live.then(|| snapshot.free_memory_mib(name)),
                 age_s: self.observer.age(now, name).map(|age| age.as_secs_f64()),
                 vms: snapshot.vms.iter().filter(|(_, vm)| vm.host == *name).map(|(vm, _)| vm.clone()).collect(),
+                draining: self.state.takes_nothing(name),
+                staying: self.refusals.iter().filter(|refusal| keeps(refusal, name)).map(ToString::to_string).collect(),
             }
         });
         list.collect()

@@ -657,3 +657,101 @@ async fn a_manager_that_has_heard_nothing_yet_calls_no_vm_booting() {
     let states: Vec<_> = vms["vms"].as_array().unwrap().iter().map(|vm| &vm["state"]).collect();
     assert_eq!(states, ["unknown"; 5]);
 }
+
+fn of_host(deployment: &Deployment, host: &str) -> Option<violin_common::api::adapt::HostSeen> {
+    match deployment.ask_blocking(&AdaptRequest::HostList) {
+        Ok(AdaptReply::Hosts(hosts)) => hosts.into_iter().find(|seen| seen.host.as_str() == host),
+        _ => None,
+    }
+}
+
+fn drain(host: &str) -> AdaptRequest {
+    AdaptRequest::HostDrain { host: host.parse().unwrap() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drained_host_is_emptied_and_stays_empty_over_a_restart_until_it_is_undrained() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+
+    let words = deployment.ask_blocking(&drain("h1")).unwrap();
+    assert!(matches!(&words, AdaptReply::Words(words) if words.contains("3 VMs leave")), "{words:?}");
+    let empty = |deployment: &Deployment| of_host(deployment, "h1").is_some_and(|seen| seen.draining && seen.vms.is_empty());
+    deployment.until("it is empty", |deployment| empty(deployment) && deployment.nothing_moves()).await;
+    let on_h2 = ["head", "c1", "c2", "c3", "c4"].iter().all(|node| deployment.running(&format!("alpha-{node}")) == ["h2"]);
+    assert!(on_h2 && deployment.halves().is_empty(), "{}", deployment.log());
+
+    deployment.kill();
+    deployment.start();
+    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
+    assert!(empty(&deployment));
+    let migrate = AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h1".parse().unwrap() };
+    deployment
+        .until("the VM is known to run", |deployment| {
+            matches!(deployment.ask_blocking(&AdaptRequest::Why { vm: "alpha-c1".parse().unwrap() }),
+                Ok(AdaptReply::Words(words)) if words.contains("alpha-c1 is on h2"))
+        })
+        .await;
+    let refused = deployment.ask(migrate.clone()).await.unwrap_err();
+    assert!(refused.contains("h1 is being drained"), "{refused}");
+    let refused = deployment.try_up("beta", &[("c1", "h1")]).await.unwrap_err();
+    assert!(refused.contains("h1, which is being drained"), "{refused}");
+    deployment.up("beta", &[]).await;
+    assert!(of_host(&deployment, "h1").unwrap().vms.is_empty());
+
+    deployment.ask(AdaptRequest::HostUndrain { host: "h1".parse().unwrap() }).await.unwrap();
+    deployment.ask(migrate).await.unwrap();
+    assert_eq!(deployment.running("alpha-c1"), ["h1"], "{}", deployment.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_keeps_a_draining_host_from_being_empty_is_told() {
+    let deployment = Deployment::new("act").await;
+    deployment.table.lock().unwrap().memory_free_mib.insert("h2".parse().unwrap(), 100);
+    deployment.up("alpha", &[("head", "h1"), ("c1", "h3"), ("c2", "h3"), ("c3", "h3"), ("c4", "h3")]).await;
+
+    deployment.ask(drain("h1")).await.unwrap();
+
+    let told = |deployment: &Deployment| of_host(deployment, "h1").is_some_and(|seen| !seen.staying.is_empty());
+    deployment.until("it is told", told).await;
+    let seen = of_host(&deployment, "h1").unwrap();
+    assert_eq!(
+        seen.staying,
+        ["alpha-head cannot leave h1, which is being drained: h2 has 100 MiB free, alpha-head needs 256 MiB"]
+    );
+    assert!(seen.draining && seen.vms.len() == 1, "{seen:?}");
+    assert!(deployment.ask(drain("h9")).await.unwrap_err().contains("got host h9"));
+}
+
+/// The host comes back all the same, what ran there with it, while a VM of that name runs elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forgotten_host_that_comes_back_runs_nothing_a_second_time() {
+    let forget = |lost| AdaptRequest::HostForget { host: "h3".parse().unwrap(), vms_are_lost: lost };
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &[("head", "h1"), ("c1", "h3"), ("c2", "h3"), ("c3", "h1"), ("c4", "h2")]).await;
+    assert!(deployment.ask(forget(true)).await.unwrap_err().contains("whose monitor is connected"));
+    deployment.kill_monitor("h3");
+    deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+
+    let words = deployment.ask(forget(false)).await.unwrap_err();
+    assert!(words.contains("alpha-c1, alpha-c2") && words.contains("--vms-are-lost"), "{words}");
+    deployment.ask(forget(true)).await.unwrap();
+    assert_eq!(of_host(&deployment, "h3"), None);
+    // Over a restart, too.
+    deployment.kill();
+    deployment.start();
+    deployment.until("the others are back", |deployment| deployment.connected() == 2).await;
+    let AdaptReply::Environments(list) = deployment.ask_blocking(&AdaptRequest::EnvList).unwrap() else { panic!() };
+    assert_eq!(list[0].vms.len(), 3);
+    deployment.ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() }).await.unwrap();
+    deployment.up("alpha", &[("c1", "h1"), ("c2", "h2")]).await;
+    assert_eq!(deployment.running("alpha-c1"), ["h1", "h3"]);
+
+    deployment.start_monitor("h3");
+
+    deployment.until("what it had is ended", |deployment| deployment.running("alpha-c1") == ["h1"]).await;
+    deployment.until("the other too", |deployment| deployment.running("alpha-c2") == ["h2"]).await;
+    deployment.until("it is a host again", |deployment| of_host(deployment, "h3").is_some_and(|seen| !seen.draining)).await;
+    assert!(!deployment.log().contains("taking note"), "{}", deployment.log());
+    assert!(ALPHA.iter().all(|(node, _)| deployment.running(&format!("alpha-{node}")).len() == 1));
+}

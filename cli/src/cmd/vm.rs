@@ -1,6 +1,6 @@
 //! `host`, `vm`: what there is and where it runs.
 
-use crate::table::{Output, joined, or_dash, percent};
+use crate::table::{Output, joined, or_dash, percent, say};
 use crate::target::Target;
 use anyhow::{Result, bail};
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, Migration, Outcome, VmListed};
@@ -34,12 +34,51 @@ pub(crate) enum Vm {
     },
 }
 
+/// `violin host …`
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Host {
+    /// Keep a host empty: nothing starts on or moves to it, and in mode act its VMs leave it, one after another.
+    ///
+    /// They go where the policy would move them: in their domain first, an environment as a whole to another domain when there is
+    /// no room; head nodes stay in their home domain. `violin host` shows what is left and what keeps it. Kept over restarts.
+    Drain {
+        /// Host.
+        host: HostId,
+    },
+    /// Use a host again.
+    Undrain {
+        /// Host.
+        host: HostId,
+    },
+    /// Strike out a host that is gone for good; its monitor must be away.
+    Forget {
+        /// Host.
+        host: HostId,
+        /// Give up the VMs that are recorded there, too: their environments go on without them, their names may be used again.
+        /// Should the host come back all the same, they are ended there before anything else.
+        #[arg(long)]
+        vms_are_lost: bool,
+    },
+}
+
+/// Runs `violin host …`.
+pub(crate) fn host(target: &Target, output: Output, command: Host) -> Result<()> {
+    let request = match command {
+        Host::Drain { host } => AdaptRequest::HostDrain { host },
+        Host::Undrain { host } => AdaptRequest::HostUndrain { host },
+        Host::Forget { host, vms_are_lost } => AdaptRequest::HostForget { host, vms_are_lost },
+    };
+    let AdaptReply::Words(words) = target.ask(&request)? else { bail!("the manager answered another question") };
+    output.words(&words);
+    Ok(())
+}
+
 /// Lists hosts.
 pub(crate) fn hosts(target: &Target, output: Output) -> Result<()> {
     let AdaptReply::Hosts(hosts) = target.ask(&AdaptRequest::HostList)? else { bail!("the manager answered another question") };
     output.list(
         &hosts,
-        ["HOST", "DOMAIN", "CONNECTED", "DRIVER", "CORES", "WANTED", "SCORE", "MEMORY FREE", "SEEN", "VMS"],
+        ["HOST", "DOMAIN", "CONNECTED", "DRIVER", "CORES", "WANTED", "SCORE", "MEMORY FREE", "SEEN", "DRAINING", "VMS"],
         |host| {
             [
                 host.host.to_string(),
@@ -51,10 +90,19 @@ pub(crate) fn hosts(target: &Target, output: Output) -> Result<()> {
                 or_dash(host.score.map(|score| format!("{score:.2}"))),
                 format!("{} of {} MiB", or_dash(host.memory_free_mib), host.memory_mib),
                 or_dash(host.age_s.map(|age| format!("{age:.1} s ago"))),
+                match (host.draining, host.vms.len()) {
+                    (false, _) => "no".to_owned(),
+                    (true, 0) => "empty".to_owned(),
+                    (true, left) => format!("{left} left"),
+                },
                 joined(&host.vms),
             ]
         },
-    )
+    )?;
+    if !output.json {
+        hosts.iter().flat_map(|host| &host.staying).for_each(|words| say!("{words}"));
+    }
+    Ok(())
 }
 
 /// How a VM is; if nobody says at present, how it was and when.

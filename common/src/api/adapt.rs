@@ -54,6 +54,23 @@ pub enum AdaptRequest {
     },
     /// Answers [`AdaptReply::Hosts`].
     HostList,
+    /// Nothing starts on or moves to a host from now on, and the policy empties it; answers [`AdaptReply::Words`].
+    HostDrain {
+        /// Which.
+        host: HostId,
+    },
+    /// Takes that back; answers [`AdaptReply::Words`].
+    HostUndrain {
+        /// Which.
+        host: HostId,
+    },
+    /// A host is gone for good; answers [`AdaptReply::Words`].
+    HostForget {
+        /// Which.
+        host: HostId,
+        /// Whether the VMs recorded on it are given up: they are stopped should it ever come back.
+        vms_are_lost: bool,
+    },
     /// Answers [`AdaptReply::Vms`].
     VmList,
     /// Moves one VM; streams progress, then answers [`AdaptReply::Migrations`] with that one.
@@ -143,6 +160,12 @@ pub struct HostSeen {
     pub age_s: Option<f64>,
     /// VMs on it.
     pub vms: Vec<VmId>,
+    /// Whether an operator wants it empty: nothing starts or moves there.
+    #[serde(default)]
+    pub draining: bool,
+    /// What keeps those VMs on it that cannot leave a draining host, in words.
+    #[serde(default)]
+    pub staying: Vec<String>,
 }
 
 /// How a VM is, as far as it is known at present.
