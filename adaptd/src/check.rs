@@ -45,6 +45,9 @@ pub fn check(snapshot: &Snapshot, policy: &Policy, plan: &Plan) -> Result<(), Vi
                 None => return Err(fail(format!("there is no host {end}"))),
             }
         }
+        if snapshot.hosts[&moved.to].draining {
+            return Err(fail(format!("{0} is being drained; `violin host undrain {0}` ends that", moved.to)));
+        }
         let (from, to) = (&snapshot.hosts[&moved.from], &snapshot.hosts[&moved.to]);
         if from.driver != to.driver {
             return Err(fail(format!("{} runs {}, {} runs {}", moved.from, from.driver, moved.to, to.driver)));

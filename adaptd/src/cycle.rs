@@ -76,7 +76,8 @@ pub struct Decision {
 /// Thinks once about a snapshot taken at `now`.
 pub fn cycle(now: Instant, snapshot: &Snapshot, policy: &Policy, settling: &mut Settling, stamp: Stamp) -> Cycle {
     let mut thought = violin::think(snapshot, policy);
-    if let Some(why) = settling.take(now, snapshot, policy, thought.proposal.is_some()) {
+    let unsettled = settling.take(now, snapshot, policy, thought.proposal.is_some() && !thought.drains);
+    if let Some(why) = unsettled {
         thought.refusals.push(Refusal::Unsettled { why });
         return Cycle { thought, decision: None };
     }

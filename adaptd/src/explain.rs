@@ -7,13 +7,28 @@ use std::time::Duration;
 use violin_common::api::adapt::{Migration, Outcome};
 use violin_common::{Instant, VmId};
 
+/// Whether it is known at present how a VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sight {
+    /// Its host tells.
+    Known,
+    /// Not, since this long; none: not since the manager started.
+    Lost(Option<Duration>),
+}
+
 /// Why `vm` is where it is. Errors: there is no such VM.
-pub fn why(state: &State, vm: &VmId, refusals: &[Refusal], now: Instant) -> Result<String, String> {
+pub fn why(state: &State, vm: &VmId, sight: Sight, refusals: &[Refusal], now: Instant) -> Result<String, String> {
     let Some(known) = state.vms.get(vm) else {
         let all = state.vms.keys().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         return Err(format!("got VM {vm}, want one of: {}", if all.is_empty() { "(there is none)" } else { &all }));
     };
-    let mut text = format!("{vm} is on {}.\n", known.host);
+    let host = &known.host;
+    let nothing = format!("nothing is known of it now, {host} does not tell");
+    let mut text = match sight {
+        Sight::Known => format!("{vm} is on {host}.\n"),
+        Sight::Lost(Some(age)) => format!("{vm} was on {host} {} s ago; {nothing}.\n", age.as_secs()),
+        Sight::Lost(None) => format!("{vm} is recorded on {host}; {nothing}.\n"),
+    };
     let moves: Vec<&Migration> = state.migrations.values().filter(|migration| migration.vm == *vm).collect();
     let environment = state.environments.get(&known.environment);
     if let Some(first) = environment.and_then(|environment| environment.stored.placement.get(vm)) {

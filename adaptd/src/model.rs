@@ -33,6 +33,8 @@ pub struct Host {
     pub driver: String,
     /// Whether its figures can be trusted: connected, and observed recently enough.
     pub standing: Standing,
+    /// Whether it is to be emptied: nothing starts or moves there.
+    pub draining: bool,
 }
 
 /// Whether a host's figures can be trusted.
@@ -165,6 +167,9 @@ impl fmt::Display for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, host) in &self.hosts {
             write!(f, "host {name} {} cores {} memory {} driver {}", host.domain, host.cores, host.memory_mib, host.driver)?;
+            if host.draining {
+                write!(f, " draining")?;
+            }
             match host.standing {
                 Standing::Live => writeln!(f)?,
                 Standing::Stale(_) => writeln!(f, " stale")?,
@@ -292,7 +297,8 @@ fn parse_failed<'a>(words: &mut impl Iterator<Item = &'a str>) -> Result<Failed,
 }
 
 fn parse_host<'a>(domain: DomainId, mut words: impl Iterator<Item = &'a str>) -> Result<Host, String> {
-    let mut host = Host { domain, cores: 1.0, memory_mib: 8192, driver: "sandbox".into(), standing: Standing::Live };
+    let mut host =
+        Host { domain, cores: 1.0, memory_mib: 8192, driver: "sandbox".into(), standing: Standing::Live, draining: false };
     while let Some(key) = words.next() {
         match key {
             "cores" => host.cores = parse(words.next().unwrap_or_default())?,
@@ -300,6 +306,7 @@ fn parse_host<'a>(domain: DomainId, mut words: impl Iterator<Item = &'a str>) ->
             "driver" => host.driver = words.next().unwrap_or_default().to_owned(),
             "stale" => host.standing = Standing::Stale(None),
             "away" => host.standing = Standing::Away,
+            "draining" => host.draining = true,
             other => return Err(format!("got {other:?}")),
         }
     }

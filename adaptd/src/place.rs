@@ -2,7 +2,7 @@
 
 use crate::model::{Snapshot, Standing};
 use crate::records::StoredEnvironment;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use violin_common::config::ConfigError;
 use violin_common::config::environment::{EnvironmentSpec, Node};
@@ -37,6 +37,22 @@ pub enum NotAdmitted {
         /// Host.
         host: HostId,
         /// Hosts there are.
+        known: String,
+    },
+    /// A placement names a host that takes nothing.
+    #[error("placement of {node}: got host {host}, which is being drained; want another, or `violin host undrain {host}` first")]
+    Draining {
+        /// Node.
+        node: String,
+        /// Host.
+        host: HostId,
+    },
+    /// Its home is nowhere.
+    #[error("key `home`: got domain {home}, want one with a host whose monitor has called since the manager started: {known}")]
+    UnknownHome {
+        /// Which.
+        home: DomainId,
+        /// Domains there are.
         known: String,
     },
     /// A placement takes the head node out of its home domain.
@@ -94,14 +110,24 @@ pub fn place(
     if let Some(name) = asked.keys().find(|name| nodes.iter().all(|node| node.name != **name)) {
         return Err(NotAdmitted::UnknownNode(name.clone()));
     }
+    if let Some(home) = &spec.home
+        && !snapshot.hosts.is_empty()
+        && snapshot.hosts.values().all(|host| host.domain != *home)
+    {
+        return Err(NotAdmitted::UnknownHome { home: home.clone(), known: domains(snapshot) });
+    }
     let mut room = Room::of(snapshot);
     let mut home = spec.home.clone();
     let mut hosts = BTreeMap::new();
     // Asked-for places first, so that the others see what is left.
     for node in &nodes {
         let Some(host) = asked.get(&node.name) else { continue };
+        if room.draining.contains(host) {
+            return Err(NotAdmitted::Draining { node: node.name.clone(), host: host.clone() });
+        }
         let Some(domain) = room.domain(host) else {
             let known = room.hosts.keys().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+            let known = if known.is_empty() { "(none)".into() } else { known };
             return Err(NotAdmitted::UnknownHost { node: node.name.clone(), host: host.clone(), known });
         };
         if node.role == Role::Head {
@@ -114,7 +140,7 @@ pub fn place(
         hosts.insert(node.vm.clone(), host.clone());
     }
     for node in nodes.iter().filter(|node| !asked.contains_key(&node.name)) {
-        let host = room.best(node, home.as_ref()).ok_or_else(|| room.none_for(node))?;
+        let host = room.best(node, home.as_ref()).ok_or_else(|| room.none_for(node, home.as_ref()))?;
         if home.is_none() {
             home = room.domain(&host);
         }
@@ -125,9 +151,16 @@ pub fn place(
     Ok(Placed { home, hosts })
 }
 
+/// Domains of all hosts, in words.
+pub fn domains(snapshot: &Snapshot) -> String {
+    let all: BTreeSet<_> = snapshot.hosts.values().map(|host| host.domain.to_string()).collect();
+    if all.is_empty() { "(none)".into() } else { all.into_iter().collect::<Vec<_>>().join(" ") }
+}
+
 /// What is left on each live host.
 struct Room {
     hosts: BTreeMap<HostId, Left>,
+    draining: BTreeSet<HostId>,
 }
 
 struct Left {
@@ -139,7 +172,9 @@ struct Left {
 impl Room {
     fn of(snapshot: &Snapshot) -> Self {
         // A host that is connected but was not observed yet may well start a VM: its capacity is known from its HELLO.
-        let there = snapshot.hosts.iter().filter(|(_, host)| host.standing != Standing::Away);
+        let there = || snapshot.hosts.iter().filter(|(_, host)| host.standing != Standing::Away);
+        let draining = there().filter(|(_, host)| host.draining).map(|(name, _)| name.clone()).collect();
+        let there = there().filter(|(_, host)| !host.draining);
         let hosts = there.map(|(name, host)| {
             let promised: u32 = snapshot.held_by(name).map(|(_, vm)| vm.vcpus).sum();
             let left = Left {
@@ -149,7 +184,7 @@ impl Room {
             };
             (name.clone(), left)
         });
-        Self { hosts: hosts.collect() }
+        Self { hosts: hosts.collect(), draining }
     }
 
     fn domain(&self, host: &HostId) -> Option<DomainId> {
@@ -169,7 +204,7 @@ impl Room {
 
     fn take(&mut self, node: &Node, host: &HostId) -> Result<(), NotAdmitted> {
         if self.hosts.get(host).is_none_or(|left| left.memory_mib < node.memory_mib) {
-            return Err(self.none_for(node));
+            return Err(self.none_for(node, None));
         }
         if let Some(left) = self.hosts.get_mut(host) {
             left.memory_mib -= node.memory_mib;
@@ -178,12 +213,21 @@ impl Room {
         Ok(())
     }
 
-    fn none_for(&self, node: &Node) -> NotAdmitted {
+    fn none_for(&self, node: &Node, home: Option<&DomainId>) -> NotAdmitted {
         let free = match self.hosts.is_empty() {
-            true => "no host is connected".to_owned(),
+            true if self.draining.is_empty() => "no host is connected".to_owned(),
+            true => "all hosts that are connected are being drained".to_owned(),
+            false if node.role == Role::Head && home.is_some_and(|home| self.hosts.values().all(|left| left.domain != *home)) => {
+                format!(
+                    "no host of its home domain {} is connected and not being drained",
+                    home.map(ToString::to_string).unwrap_or_default()
+                )
+            }
+            // A head node may not go to the others, whatever they have.
             false => self
                 .hosts
                 .iter()
+                .filter(|(_, left)| node.role == Role::Compute || home.is_none_or(|home| *home == left.domain))
                 .map(|(host, left)| format!("{host} has {} MiB free", left.memory_mib))
                 .collect::<Vec<_>>()
                 .join(", "),
@@ -291,7 +335,20 @@ mod tests {
         assert!(words(HOSTS, &[("c9", "h1")]).contains("c9"));
         assert!(words(HOSTS, &[("head", "h3")]).contains("home domain d1"));
         assert!(words("", &[]).contains("no host is connected"));
+        let elsewhere = HOSTS.replace(" d1 ", " d3 ");
+        let said = words(&elsewhere, &[]);
+        assert!(
+            said.contains("key `home`: got domain d1, want one with") && said.contains("d2 d3") && !said.contains("MiB"),
+            "{said}"
+        );
+        let away = HOSTS.replace("cores 3", "cores 3 away");
+        assert!(words(&away, &[]).contains("no host of its home domain d1 is connected and not"), "{}", words(&away, &[]));
+        let full = HOSTS.replace("cores 3", "cores 3 memory 100");
+        assert!(!words(&full, &[]).contains("h3 has"), "{}", words(&full, &[]));
         assert!(words("host h1 d1 cores 3 memory 100", &[]).contains("256 MiB"));
+        let draining = HOSTS.replacen("cores 3", "cores 3 draining", 1);
+        assert!(words(&draining, &[("c1", "h1")]).contains("got host h1, which is being drained"));
+        assert!(placed(&draining, &[]).unwrap().hosts.values().all(|host| host.as_str() != "h1"));
         let taken = BTreeMap::from([("beta".parse().unwrap(), alpha().network.vni)]);
         let clash = place(&HOSTS.parse().unwrap(), &taken, &alpha(), &BTreeMap::new()).unwrap_err().to_string();
         assert!(clash.contains("network.vni") && clash.contains("beta"), "{clash}");

@@ -5,6 +5,7 @@ use adaptd::check::check;
 use adaptd::cycle::{Settling, cycle};
 use adaptd::model::{Doing, Environment, Host, Snapshot, Standing, Vm};
 use adaptd::plan::{Plan, Stamp};
+use adaptd::policy::violin;
 use adaptd::score::score;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -25,8 +26,8 @@ fn vm(hosts: usize) -> impl Strategy<Value = (usize, u32, u64, Option<f64>, Doin
 }
 
 prop_compose! {
-    fn cluster()(hosts in prop::collection::vec((0..3u8, 1..9u32, 1..9u64, 0..12u8), 1..8))
-        (vms in prop::collection::vec(vm(hosts.len()), 0..30), hosts in Just(hosts)) -> Snapshot {
+    fn cluster()(drains in prop_oneof![2 => Just(false), 1 => Just(true)], hosts in prop::collection::vec((0..3u8, 1..9u32, 1..9u64, 0..12u8), 1..8))
+        (vms in prop::collection::vec(vm(hosts.len()), 0..30), hosts in Just(hosts), drains in Just(drains)) -> Snapshot {
         let mut snapshot = Snapshot::default();
         let name = |index: usize| format!("h{index}").parse().unwrap();
         for (index, (domain, cores, memory, standing)) in hosts.into_iter().enumerate() {
@@ -37,6 +38,7 @@ prop_compose! {
                 memory_mib: memory * 1024,
                 driver: "sandbox".into(),
                 standing,
+                draining: drains && index % 3 == 1,
             };
             snapshot.hosts.insert(name(index), host);
         }
@@ -62,6 +64,11 @@ fn decide(snapshot: &Snapshot) -> Option<Plan> {
     cycle.decision.map(|decision| decision.plan)
 }
 
+/// Whether what is decided is to empty a host.
+fn empties(snapshot: &Snapshot) -> bool {
+    violin::think(snapshot, &Policy::default()).drains
+}
+
 fn apply(snapshot: &Snapshot, plan: &Plan) -> Snapshot {
     plan.moves.iter().fold(snapshot.clone(), |moved, next| moved.with_move(&next.vm, &next.to))
 }
@@ -80,7 +87,8 @@ proptest! {
     #[test]
     fn no_plan_raises_the_spread(snapshot in cluster()) {
         let policy = Policy::default();
-        if let Some(plan) = decide(&snapshot) {
+        // To empty a host is worth more than balance.
+        if let Some(plan) = decide(&snapshot).filter(|plan| !snapshot.hosts[&plan.moves[0].from].draining && !empties(&snapshot)) {
             let (before, after) = (score(&snapshot, &policy).spread, score(&apply(&snapshot, &plan), &policy).spread);
             prop_assert!(after <= before - policy.min_gain + 1e-3, "{before} → {after}\n{snapshot}{plan:?}");
         }
@@ -107,6 +115,18 @@ proptest! {
     }
 
     #[test]
+    fn nothing_goes_to_a_draining_host_and_each_move_empties_it_further(snapshot in cluster()) {
+        let on = |snapshot: &Snapshot| snapshot.vms.values().filter(|vm| snapshot.hosts[&vm.host].draining).count();
+        if let Some(plan) = decide(&snapshot) {
+            prop_assert!(plan.moves.iter().all(|moved| !snapshot.hosts[&moved.to].draining), "{snapshot}{plan:?}");
+            prop_assert!(on(&apply(&snapshot, &plan)) <= on(&snapshot));
+            if empties(&snapshot) {
+                prop_assert!(on(&apply(&snapshot, &plan)) < on(&snapshot), "{snapshot}{plan:?}");
+            }
+        }
+    }
+
+    #[test]
     fn equal_snapshots_give_equal_decisions(snapshot in cluster()) {
         let again: Snapshot = snapshot.clone();
 
@@ -116,7 +136,11 @@ proptest! {
     #[test]
     fn constant_demand_comes_to_rest(snapshot in cluster()) {
         // Each plan lowers the spread by the least gain, so there can be no more of them than the spread has gains.
-        let most = (score(&snapshot, &Policy::default()).spread / Policy::default().min_gain).ceil();
+        // Before that come those that empty a host, at most one for each VM there; after them the spread may be any.
+        let drained = snapshot.vms.values().filter(|vm| snapshot.hosts[&vm.host].draining).count();
+        let spread = if drained == 0 { score(&snapshot, &Policy::default()).spread } else { 30.0 };
+        #[allow(clippy::cast_precision_loss)]
+        let most = (spread / Policy::default().min_gain).ceil() + drained as f64;
         let mut now = snapshot;
         let mut plans = 0.0;
         while let Some(plan) = decide(&now) {

@@ -339,3 +339,90 @@ fn a_snapshot_reads_back_what_it_prints() {
     again.vms.get_mut(&"beta-c2".parse().unwrap()).unwrap().demand = None;
     assert_eq!(again, snapshot);
 }
+
+/// One cycle: an operator who waits for an empty host does not wait for balance to settle.
+fn once(text: &str) -> Cycle {
+    cycle(Instant(0), &text.parse().unwrap(), &Policy::default(), &mut Settling::default(), STAMP)
+}
+
+const DRAINING: &str = "
+host h1 d1 cores 3 draining
+host h2 d1 cores 3
+host h3 d2 cores 4
+env alpha home d1
+env beta home d1
+";
+
+#[test]
+fn a_draining_host_sheds_its_vms_head_nodes_too_to_its_own_domain_first() {
+    let all = "vm alpha-head head h1 rested 1\nvm alpha-c1 compute h1 demand 0.9\nvm beta-c1 compute h2";
+    let first = once(&format!("{DRAINING}{all}"));
+    let rest = once(&format!("{DRAINING}{}", all.replace("alpha-c1 compute h1", "alpha-c1 compute h2")));
+    let empty = once(&format!("{DRAINING}{}", all.replace(" h1 ", " h2 ")));
+
+    assert_eq!(moves(&first), ["alpha-c1 h1 h2"]);
+    assert_eq!(moves(&rest), ["alpha-head h1 h2"]);
+    assert_eq!(moves(&empty), Vec::<String>::new());
+    assert!(!empty.thought.drains);
+}
+
+#[test]
+fn without_room_at_home_the_environment_leaves_a_draining_host_as_a_whole() {
+    let full = DRAINING.replace("h2 d1 cores 3", "h2 d1 cores 3 memory 256");
+
+    let cycle = once(&format!(
+        "{full}vm alpha-head head h1\nvm alpha-c1 compute h1\nvm alpha-c2 compute h2\nvm beta-c1 compute h2 halted memory 1"
+    ));
+
+    assert_eq!(moves(&cycle), ["alpha-c1 h1 h3", "alpha-c2 h2 h3"]);
+    assert_eq!(cycle.decision.unwrap().plan.gang, Some("alpha".parse().unwrap()));
+}
+
+#[test]
+fn no_environment_leaves_its_domain_because_a_demand_is_not_known_yet() {
+    let full = DRAINING.replace("h2 d1 cores 3", "h2 d1 cores 1");
+    let vms = "vm alpha-c1 compute h1 demand 0.9\nvm alpha-c2 compute h2 unknown";
+
+    let cycle = once(&format!("{full}{vms}"));
+
+    assert_eq!(moves(&cycle), Vec::<String>::new());
+    assert!(cycle.thought.refusals.iter().any(|refusal| refusal.to_string().contains("not known yet")));
+    assert_eq!(moves(&once(&format!("{full}{}", vms.replace("unknown", "demand 0.9")))), ["alpha-c1 h1 h3", "alpha-c2 h2 h3"]);
+}
+
+#[test]
+fn what_cannot_leave_a_draining_host_is_told_with_the_reason() {
+    let full = DRAINING.replace("h2 d1 cores 3", "h2 d1 cores 3 memory 100").replace("h3 d2 cores 4", "h3 d2 cores 4 away");
+    let said = |cluster: &str, vm: &str| {
+        let cycle = once(&format!("{cluster}{vm}"));
+        assert_eq!(cycle.decision, None);
+        let told = cycle.thought.refusals.iter().map(ToString::to_string);
+        told.filter(|words| words.starts_with("alpha-")).collect::<Vec<_>>().join("\n")
+    };
+
+    let head = said(&full, "vm alpha-head head h1");
+    assert_eq!(head, "alpha-head cannot leave h1, which is being drained: h2 has 100 MiB free, alpha-head needs 256 MiB");
+    let compute = said(&full, "vm alpha-c1 compute h1");
+    assert!(
+        compute.contains("h2 has 100 MiB free") && compute.contains("d2 cannot take all compute nodes of alpha"),
+        "{compute}"
+    );
+    assert!(said(DRAINING, "vm alpha-c1 compute h1 halted").contains("it does not run"));
+    let away = DRAINING.replace("cores 3 draining", "cores 3 draining away");
+    assert!(said(&away, "vm alpha-c1 compute h1").contains("its monitor is away"));
+    let both = DRAINING.replace("cores 3\n", "cores 3 draining\n").replace("cores 4", "cores 4 draining");
+    assert!(said(&both, "vm alpha-c1 compute h1").contains("h2 is being drained"));
+}
+
+#[test]
+fn balance_brings_nothing_to_a_draining_host() {
+    let text = format!(
+        "{}{CALM}
+        vm beta-c1 compute h1 demand 0.99
+        vm beta-c2 compute h1 demand 0.99",
+        HOSTS.replace("h2 d1 cores 3", "h2 d1 cores 3 draining").replace("head h2", "head h1")
+    )
+    .replace("compute h2", "compute h3");
+
+    assert!(moves(&settled(&text)).iter().all(|moved| !moved.ends_with(" h2")), "{:?}", moves(&settled(&text)));
+}

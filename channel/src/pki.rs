@@ -26,6 +26,9 @@ pub enum PkiError {
         /// What the generator said.
         source: rcgen::Error,
     },
+    /// Certificate and key in a folder are of two authorities, or nobody can sign with them here.
+    #[error("cannot sign with this authority: {0}")]
+    Authority(String),
     /// A file could not be written.
     #[error("cannot write {}: {source}; check that the directory is writable and the disk not full", path.display())]
     Write {
@@ -73,6 +76,38 @@ pub fn make_authority(name: &str) -> Result<Pair, PkiError> {
         Ok(Pair { name: name.to_owned(), certificate: certificate.pem(), key: key.serialize_pem() })
     };
     make().map_err(|source| PkiError::Make { subject: name.to_owned(), source })
+}
+
+/// Takes an authority from its certificate and key, after a look at whether they belong together and whether what
+/// [`make_host_certificate`] signs will be accepted under that certificate.
+pub fn read_authority(certificate: &str, key: &str) -> Result<Pair, PkiError> {
+    let wrong = PkiError::Authority;
+    let foreign = "want one made by `violin pki init`; sign with the tools that made this one (common name and DNS name = host, \
+                   organisational unit = domain)";
+    let (_, pem) = x509_parser::pem::parse_x509_pem(certificate.as_bytes())
+        .map_err(|error| wrong(format!("its certificate is no PEM ({error})")))?;
+    let parsed = pem.parse_x509().map_err(|error| wrong(format!("its certificate is none ({error})")))?;
+    let secret = KeyPair::from_pem(key).map_err(|error| wrong(format!("its key is none that is understood ({error})")))?;
+    if *parsed.public_key().subject_public_key.data != *secret.public_key_raw() {
+        return Err(wrong(
+            "got the certificate of one and the key of another, want a pair; what it signed nobody would accept".into(),
+        ));
+    }
+    if !parsed.is_ca() {
+        return Err(wrong("got a certificate that is no authority's, want the authority's own".into()));
+    }
+    let name = match (parsed.subject().iter_common_name().next().map(|name| name.as_str()), parsed.subject().iter().count()) {
+        (Some(Ok(name)), 1) => name.to_owned(),
+        _ => return Err(wrong(format!("got {}, {foreign}", parsed.subject()))),
+    };
+    // Who verifies compares the names byte by byte: an equal text in another encoding is another issuer.
+    let own = authority_params(&name).self_signed(&secret).map_err(|source| PkiError::Make { subject: name.clone(), source })?;
+    let same =
+        x509_parser::parse_x509_certificate(own.der()).is_ok_and(|(_, own)| own.subject().as_raw() == parsed.subject().as_raw());
+    if !same {
+        return Err(wrong(format!("got {} in an encoding that is not ours, {foreign}", parsed.subject())));
+    }
+    Ok(Pair { name, certificate: certificate.to_owned(), key: key.to_owned() })
 }
 
 /// Makes the certificate of one host, for both ends of a connection, signed by `authority`.
@@ -156,6 +191,49 @@ mod tests {
         let names = &certificate.subject_alternative_name().unwrap().unwrap().value.general_names;
         assert_eq!(names.as_slice(), [x509_parser::extensions::GeneralName::DNSName("h1")]);
         assert_eq!(certificate.issuer().iter_common_name().next().unwrap().as_str().unwrap(), "lab demo");
+    }
+
+    fn issuer(certificate: &str) -> Vec<u8> {
+        let (_, pem) = x509_parser::pem::parse_x509_pem(certificate.as_bytes()).unwrap();
+        pem.parse_x509().unwrap().issuer().as_raw().to_vec()
+    }
+
+    #[test]
+    fn an_authority_that_was_read_signs_in_its_own_name() {
+        let made = make_authority("another").unwrap();
+
+        let read = read_authority(&made.certificate, &made.key).unwrap();
+        let host = make_host_certificate(&read, &"h1".parse().unwrap(), &"d1".parse().unwrap()).unwrap();
+
+        assert_eq!(issuer(&host.certificate), issuer(&made.certificate));
+    }
+
+    #[test]
+    fn an_authority_in_whose_name_nothing_can_be_signed_is_refused() {
+        let (one, other) = (make_authority("one").unwrap(), make_authority("one").unwrap());
+        let host = make_host_certificate(&one, &"h1".parse().unwrap(), &"d1".parse().unwrap()).unwrap();
+        let foreign = |names: &[(DnType, rcgen::DnValue)]| {
+            let key = KeyPair::generate().unwrap();
+            let mut params = authority_params("x");
+            params.distinguished_name = DistinguishedName::new();
+            names.iter().for_each(|(kind, name)| params.distinguished_name.push(kind.clone(), name.clone()));
+            (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
+        };
+        let two = foreign(&[(DnType::OrganizationName, "Example".into()), (DnType::CommonName, "Example CA".into())]);
+        let printable = rcgen::DnValue::PrintableString("Example CA".try_into().unwrap());
+        let encoded = foreign(&[(DnType::CommonName, printable)]);
+
+        for ((certificate, key), wanted) in [
+            ((&one.certificate, &other.key), "the certificate of one and the key of another"),
+            ((&host.certificate, &host.key), "no authority's"),
+            ((&two.0, &two.1), "want one made by `violin pki init`"),
+            ((&encoded.0, &encoded.1), "not ours"),
+            ((&"nonsense".to_owned(), &one.key), "no PEM"),
+            ((&one.certificate, &"nonsense".to_owned()), "its key is none"),
+        ] {
+            let words = read_authority(certificate, key).unwrap_err().to_string();
+            assert!(words.contains(wanted), "{words}");
+        }
     }
 
     #[test]

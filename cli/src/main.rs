@@ -88,10 +88,15 @@ enum Command {
         #[arg(last = true, required = true, value_name = "COMMAND")]
         words: Vec<String>,
     },
-    /// List hosts.
+    /// List hosts; drain, undrain or forget one.
     ///
     /// CORES as declared, WANTED the cores its VMs want, SCORE its high-demand VMs a core, SEEN the age of its last observation.
-    Host,
+    /// WANTED, SCORE and the free memory are `-` when its monitor is away or its last observation older than `max-age` (10 s).
+    #[command(after_help = "Examples: violin host\n          violin host drain h1")]
+    Host {
+        #[command(subcommand)]
+        command: Option<cmd::vm::Host>,
+    },
     /// VMs: list, migrate, abort a move.
     #[command(subcommand)]
     Vm(cmd::vm::Vm),
@@ -161,7 +166,8 @@ fn main() -> ExitCode {
         Command::Run { environment, ranks, directory, words } => {
             cmd::reach::run(&target, &environment, ranks, &directory, &words)
         }
-        Command::Host => cmd::vm::hosts(&target, output),
+        Command::Host { command: None } => cmd::vm::hosts(&target, output),
+        Command::Host { command: Some(command) } => cmd::vm::host(&target, output, command),
         Command::Vm(command) => cmd::vm::run(&target, output, command),
         Command::Fdb { of, vni } => cmd::switch::fdb(&target, output, of, vni),
         Command::Port(of) => cmd::switch::ports(&target, output, of),

@@ -2,9 +2,9 @@
 
 mod fake;
 
-use fake::{Manager, said};
+use fake::{Manager, alpha, said};
 use violin_common::api::Response;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, HostSeen};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, HostSeen, VmListed};
 use violin_common::api::switch::{Counter, SwitchReply};
 
 #[test]
@@ -26,12 +26,14 @@ fn host(name: &str, connected: bool) -> HostSeen {
         connected,
         driver: "sandbox".into(),
         cores: 1.0,
-        demand_cores: 0.0,
-        score: 0.0,
+        demand_cores: connected.then_some(0.0),
+        score: connected.then_some(0.0),
         memory_mib: 64,
-        memory_free_mib: 64,
+        memory_free_mib: connected.then_some(64),
         age_s: None,
         vms: Vec::new(),
+        draining: false,
+        staying: Vec::new(),
     }
 }
 
@@ -51,4 +53,34 @@ fn a_host_whose_monitor_is_away_is_named_and_not_left_out() {
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     assert!(said(&output).contains("no answer of h2; the others are above"), "{}", said(&output));
     assert!(String::from_utf8_lossy(&output.stdout).contains("drop.own"));
+}
+
+#[test]
+fn what_is_not_known_at_present_is_not_shown_as_it_was() {
+    let manager = Manager::new(|request| match request {
+        AdaptRequest::VmList => {
+            let listed = VmListed {
+                state: Condition::Unknown,
+                seen_s: Some(8.2),
+                run: None,
+                wait: None,
+                demand: None,
+                smoothed_demand: None,
+                ..alpha().vms[0].clone()
+            };
+            let never = VmListed { last_state: None, seen_s: None, ..listed.clone() };
+            Response::Ok(AdaptReply::Vms(vec![listed, never]))
+        }
+        other => Response::Error(format!("got {other:?}")),
+    });
+
+    let table = manager.violin(&["vm", "list"]).output().unwrap();
+    let json = manager.violin(&["--json", "vm", "list"]).output().unwrap();
+
+    let rows: Vec<String> = String::from_utf8(table.stdout).unwrap().lines().skip(1).map(str::to_owned).collect();
+    assert!(rows[0].contains("unknown (running 8 s ago)") && !rows[0].contains('%'), "{rows:?}");
+    assert!(rows[1].contains("unknown") && !rows[1].contains("ago"), "{rows:?}");
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    let known = (&json[0]["state"], &json[0]["last-state"], &json[0]["seen-s"], &json[0]["run"]);
+    assert_eq!(known, (&"unknown".into(), &"running".into(), &8.2.into(), &serde_json::Value::Null));
 }

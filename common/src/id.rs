@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 
 /// A name was not acceptable.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("got name {got:?}, want 1 to {max} characters of a-z, 0-9 and '-', starting with a letter")]
+#[error("got name {got:?}, want 1 to {max} characters of a-z, 0-9 and '-', starting with a letter{}", hint(got, *max))]
 pub struct BadName {
     /// What was given.
     pub got: String,
@@ -13,11 +13,35 @@ pub struct BadName {
     pub max: usize,
 }
 
-fn check(name: &str, max: usize) -> Result<(), BadName> {
-    let legal = name.len() <= max
+fn is_legal(name: &str, max: usize) -> bool {
+    name.len() <= max
         && name.starts_with(|c: char| c.is_ascii_lowercase())
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
-    if legal { Ok(()) } else { Err(BadName { got: name.into(), max }) }
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+}
+
+fn check(name: &str, max: usize) -> Result<(), BadName> {
+    if is_legal(name, max) { Ok(()) } else { Err(BadName { got: name.into(), max }) }
+}
+
+/// What to take for a name with a domain's dots or capitals, as `hostname` says it: all names here are one lower-case word.
+fn hint(name: &str, max: usize) -> String {
+    let short = name.split('.').next().unwrap_or_default().to_ascii_lowercase();
+    let rfc1123 = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-.".contains(&b));
+    if rfc1123 && is_legal(&short, max) { format!("; {short:?} would do") } else { String::new() }
+}
+
+/// What [`is_label`] wants, in words.
+pub const LABEL: &str = "a-z, 0-9 and '-', a letter or digit first and last, no number, not \"localhost\"";
+
+/// Whether a name can be a host's in its own network: one label of a host name that nothing takes for an address or for the host
+/// itself. Source: RFC 1123 §2.1; what inet_aton(3) takes for an address ("10", "0x1f") resolvers never look up.
+pub fn is_label(name: &str) -> bool {
+    let bytes = name.as_bytes();
+    let inner = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let ends = bytes.first().is_some_and(inner) && bytes.last().is_some_and(inner);
+    let hexadecimal = name.strip_prefix("0x").is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    let number = bytes.iter().all(u8::is_ascii_digit) || hexadecimal;
+    name.len() <= 63 && ends && bytes.iter().all(|byte| inner(byte) || *byte == b'-') && !number && name != "localhost"
 }
 
 macro_rules! name {
@@ -119,6 +143,29 @@ mod tests {
         assert!("alpha-c1".parse::<VmId>().is_ok());
         for bad in ["", "1a", "-a", "A", "a_b", "a/b", "a b", &"a".repeat(34)] {
             assert!(bad.parse::<VmId>().is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn a_name_with_dots_or_capitals_is_refused_with_one_that_would_do() {
+        for (bad, wanted) in
+            [("H1", "\"h1\" would do"), ("Node7.example.org", "\"node7\" would do"), ("h1.d1", "\"h1\" would do")]
+        {
+            let words = bad.parse::<HostId>().unwrap_err().to_string();
+            assert!(words.contains(wanted) && words.contains(bad), "{words}");
+        }
+        for bad in ["h_1", "1.2.3.4", "", "-"] {
+            assert!(!bad.parse::<HostId>().unwrap_err().to_string().contains("would do"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_label_is_no_number_and_begins_and_ends_with_a_letter_or_digit() {
+        for good in ["head", "c1", "1a", "a-b", "0xyz"] {
+            assert!(is_label(good), "{good:?} was refused");
+        }
+        for bad in ["", "-", "c-", "-c", "10", "0x1f", "localhost", "C1", "a.b", "a_b", "\u{e4}", &"a".repeat(64)] {
+            assert!(!is_label(bad), "{bad:?} was accepted");
         }
     }
 

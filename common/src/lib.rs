@@ -18,5 +18,5 @@ pub mod wire;
 
 pub use addr::{MacAddr, Vni};
 pub use epoch::Epoch;
-pub use id::{DomainId, EnvironmentId, HostId, PortId, VmId, is_interface_name};
+pub use id::{DomainId, EnvironmentId, HostId, PortId, VmId, is_interface_name, is_label};
 pub use time::Instant;

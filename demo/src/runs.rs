@@ -135,7 +135,7 @@ fn run(
     let operator = &stage.operator;
     shell::say(&format!("{label}: waiting until all VMs are idle"));
     shell::wait_for("all VMs to be idle", Duration::from_secs(120), || {
-        Ok(stage.vms()?.iter().all(|vm| vm.smoothed_demand < IDLE))
+        Ok(stage.vms()?.iter().all(|vm| vm.smoothed_demand.is_some_and(|demand| demand < IDLE)))
     })?;
     let earlier = stage.migrations()?.len();
     stage.ask(&AdaptRequest::SetMode(mode))?;

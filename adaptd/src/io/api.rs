@@ -6,7 +6,7 @@ use crate::io::environments::{Words, access, down, unknown, up};
 use crate::io::monitors::ask;
 use crate::io::run::stamp;
 use crate::io::world::Shared;
-use crate::io::{clock, execute};
+use crate::io::{clock, execute, hosts};
 use crate::model::{Snapshot, Standing};
 use crate::plan::Origin;
 use crate::policy::{Move, Proposal, violin};
@@ -17,10 +17,10 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use violin_channel::local::Sink;
+use violin_common::VmId;
 use violin_common::api::Response;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, AdaptStatus, EnvironmentSeen, Event, Outcome};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, AdaptStatus, Condition, EnvironmentSeen, Event, Outcome};
 use violin_common::control::monitor::{Answer, Command};
-use violin_common::{HostId, VmId};
 
 /// Answers one request.
 pub async fn answer(shared: Arc<Shared>, request: AdaptRequest, sink: Sink<AdaptReply>) {
@@ -40,6 +40,9 @@ pub async fn answer(shared: Arc<Shared>, request: AdaptRequest, sink: Sink<Adapt
             let proposal = |snapshot: &Snapshot| {
                 if !snapshot.environments.contains_key(&environment) {
                     return Err(unknown(&environment, snapshot.environments.keys()));
+                }
+                if snapshot.hosts.values().all(|host| host.domain != to) {
+                    return Err(format!("got domain {to}, want one of: {}", crate::place::domains(snapshot)));
                 }
                 // An operator may overload cores: what the policy would refuse for want of them is found without them.
                 let policy = &shared.config.policy;
@@ -63,7 +66,8 @@ pub async fn answer(shared: Arc<Shared>, request: AdaptRequest, sink: Sink<Adapt
         AdaptRequest::Access { environment } => access(&shared, &environment).await,
         AdaptRequest::Switch { host, request } => {
             let command = Command::Switch(request);
-            if let Err(words) = is_known(&shared, &host) {
+            let known = hosts::is_known(&shared.world(), &host);
+            if let Err(words) = known {
                 let _ = sink.finish(Err(words)).await;
                 return;
             }
@@ -108,34 +112,31 @@ fn at_once(shared: &Shared, request: AdaptRequest) -> Result<AdaptReply, String>
             let list = world.state.environments.iter().map(|(name, known)| EnvironmentSeen {
                 spec: known.stored.spec.clone(),
                 home: known.stored.home.clone(),
-                vms: world.list_vms(Some(name)),
+                vms: world.list_vms(now, &shared.config, Some(name)),
             });
             AdaptReply::Environments(list.collect())
         }
         AdaptRequest::HostList => AdaptReply::Hosts(world.list_hosts(now, &shared.config)),
-        AdaptRequest::VmList => AdaptReply::Vms(world.list_vms(None)),
+        AdaptRequest::HostDrain { host } => hosts::drain(shared, &mut world, &host, true)?,
+        AdaptRequest::HostUndrain { host } => hosts::drain(shared, &mut world, &host, false)?,
+        AdaptRequest::HostForget { host, vms_are_lost } => hosts::forget(shared, &mut world, &host, vms_are_lost)?,
+        AdaptRequest::VmList => AdaptReply::Vms(world.list_vms(now, &shared.config, None)),
         AdaptRequest::MigrationList => AdaptReply::Migrations(world.state.migrations.values().cloned().collect()),
         AdaptRequest::DecisionList { last } => {
             let skip = world.state.decisions.len().saturating_sub(last as usize);
             AdaptReply::Decisions(world.state.decisions.iter().skip(skip).cloned().collect())
         }
-        AdaptRequest::Why { vm } => AdaptReply::Words(explain::why(&world.state, &vm, &world.refusals, now)?),
+        AdaptRequest::Why { vm } => {
+            let known = world.condition(now, &vm, &shared.config) != Condition::Unknown;
+            let sight = if known { explain::Sight::Known } else { explain::Sight::Lost(world.heard_of(now, &vm)) };
+            AdaptReply::Words(explain::why(&world.state, &vm, sight, &world.refusals, now)?)
+        }
         other => return Err(format!("got {other:?}, which is answered elsewhere")),
     })
 }
 
 fn count(len: usize) -> u32 {
     u32::try_from(len).unwrap_or(u32::MAX)
-}
-
-fn is_known(shared: &Shared, host: &HostId) -> Result<(), String> {
-    let world = shared.world();
-    if world.hosts.contains_key(host) {
-        return Ok(());
-    }
-    let all = world.hosts.keys().map(ToString::to_string).collect::<Vec<_>>().join(" ");
-    let all = if all.is_empty() { "(none)" } else { &all };
-    Err(format!("got host {host}, want one whose monitor has called since this manager started: {all}"))
 }
 
 fn no_vm(vm: &VmId, snapshot: &Snapshot) -> String {

@@ -95,7 +95,7 @@ fn admit(
     spec: &EnvironmentSpec,
     placement: &BTreeMap<String, HostId>,
 ) -> Result<crate::place::Placed, String> {
-    let nodes = spec.nodes().map_err(|error| error.to_string())?;
+    let nodes = spec.check().map_err(|error| error.to_string())?;
     let meets = |command: &Command| match command {
         Command::Stop { vm } | Command::CancelIncoming { vm } => nodes.iter().any(|node| node.vm == *vm),
         Command::AccessClose { environment } => *environment == spec.name,

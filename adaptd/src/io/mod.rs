@@ -7,6 +7,7 @@ pub mod api;
 pub mod clock;
 pub mod environments;
 pub mod execute;
+pub mod hosts;
 pub mod journal;
 pub mod keys;
 pub mod monitors;

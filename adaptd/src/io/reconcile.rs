@@ -27,7 +27,9 @@ pub fn is_stray(world: &World, host: &HostId, vm: &VmId, state: VmState) -> bool
 /// Whether a host has yet to say that what was there of ended environments is gone.
 pub fn is_owed(world: &World, host: &HostId) -> bool {
     let ended = |environment| !world.state.environments.contains_key(environment);
-    owed(world, host).next().is_some() || world.state.doors.keys().any(|(old, at)| at == host && ended(old))
+    owed(world, host).next().is_some()
+        || world.state.abandoned.contains_key(host)
+        || world.state.doors.keys().any(|(old, at)| at == host && ended(old))
 }
 
 /// Those VMs; what is only being ended now is stopped by whoever ends it.
@@ -97,11 +99,15 @@ async fn compare(shared: &Shared, host: &HostId) {
 /// Whether what is to be cleared up has not been started anew.
 fn is_wanted(world: &World, host: &HostId, command: &Command) -> bool {
     match command {
-        Command::Stop { vm } => world.state.ended.contains_key(vm),
+        // The host takes nothing before what it was given up with is gone: what has that name runs elsewhere.
+        Command::Stop { vm } => world.state.ended.contains_key(vm) || is_abandoned(world, host, vm),
         Command::CancelIncoming { vm } => {
             world.state.moving_to(vm).is_none() && world.state.vms.get(vm).is_none_or(|known| known.host != *host)
         }
-        Command::AccessClose { environment } => !world.state.environments.contains_key(environment),
+        Command::AccessClose { environment } => {
+            let open = world.state.doors.contains_key(&(environment.clone(), host.clone()));
+            !open || !world.state.environments.contains_key(environment)
+        }
         // After the last of what was in it there.
         Command::NetworkRemove { vni } => {
             let State { environments, doors, ended, .. } = &world.state;
@@ -113,11 +119,19 @@ fn is_wanted(world: &World, host: &HostId, command: &Command) -> bool {
     }
 }
 
+/// Whether a VM is one of those that a host was given up with.
+fn is_abandoned(world: &World, host: &HostId, vm: &VmId) -> bool {
+    let runs = world.state.vms.get(vm).is_some_and(|known| known.host == *host);
+    !runs && world.state.abandoned.get(host).is_some_and(|left| left.vms.contains_key(vm))
+}
+
 /// Takes down in the journal that a host has done what it owed.
 fn note_done(shared: &Shared, host: &HostId, command: &Command) {
     let mut world = shared.world();
     let record = match command {
-        Command::Stop { vm } if world.state.is_owed(vm, host) => RecordV1::VmStopped { vm: vm.clone(), host: host.clone() },
+        Command::Stop { vm } if world.state.is_owed(vm, host) || is_abandoned(&world, host, vm) => {
+            RecordV1::VmStopped { vm: vm.clone(), host: host.clone() }
+        }
         Command::AccessClose { environment } => RecordV1::AccessClosed { environment: environment.clone(), host: host.clone() },
         _ => return,
     };
@@ -138,9 +152,19 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
     networks.extend(doors.iter().map(|(_, vni)| **vni));
     let closes = doors.into_iter().map(|((environment, _), _)| Command::AccessClose { environment: environment.clone() });
     let mut commands: Vec<_> = owing.iter().map(|vm| Command::Stop { vm: vm.clone() }).chain(closes).collect();
+    // What it was given up with, also what is not listed.
+    if let Some(left) = world.state.abandoned.get(host) {
+        tracing::info!(%host, vms = ?left.vms.keys(), "had been forgotten and is back: what ran there is ended");
+        networks.extend(left.vms.values().chain(left.doors.values()));
+        commands.extend(left.vms.keys().map(|vm| Command::Stop { vm: vm.clone() }));
+        commands.extend(left.doors.keys().map(|environment| Command::AccessClose { environment: environment.clone() }));
+    }
     world.twice.retain(|_, second| second != host);
     for seen in list {
         let vm = &seen.vm;
+        if is_abandoned(&world, host, vm) {
+            continue;
+        }
         if world.state.is_owed(vm, host) && !world.state.vms.contains_key(vm) {
             continue;
         }

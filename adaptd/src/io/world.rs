@@ -10,7 +10,7 @@ use crate::score::high_count;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::{broadcast, watch};
-use violin_common::api::adapt::{Event, HostSeen, Mode, VmListed};
+use violin_common::api::adapt::{Condition, Event, HostSeen, Mode, VmListed};
 use violin_common::config::adapt::AdaptConfig;
 use violin_common::control::monitor::{Command, Hello, ImageDigest, VmState};
 use violin_common::{EnvironmentId, HostId, Instant, VmId};
@@ -127,6 +127,11 @@ impl Shared {
     }
 }
 
+/// Whether a refusal tells what keeps a VM on a host that is to be emptied.
+fn keeps(refusal: &Refusal, on: &HostId) -> bool {
+    matches!(refusal, Refusal::CannotLeave { host, .. } if host == on)
+}
+
 impl World {
     /// The snapshot of this instant.
     pub fn snapshot(&self, now: Instant, config: &AdaptConfig) -> Snapshot {
@@ -145,6 +150,7 @@ impl World {
                 memory_mib: self.memory_mib(name, hello.memory_mib),
                 driver: hello.driver.clone(),
                 standing,
+                draining: self.state.takes_nothing(name),
             };
             (name.clone(), host)
         });
@@ -246,39 +252,80 @@ impl World {
         let snapshot = self.snapshot(now, config);
         let list = self.hosts.iter().map(|(name, known)| {
             let hello = &known.hello;
+            let live = snapshot.hosts.get(name).is_some_and(|host| host.standing == Standing::Live);
             HostSeen {
                 host: name.clone(),
                 domain: hello.domain.clone(),
                 connected: known.connection.is_some(),
                 driver: hello.driver.clone(),
                 cores: hello.cores,
-                demand_cores: hello.cores - snapshot.free_cores(name),
-                score: f64::from(high_count(&snapshot, name, &config.policy)) / hello.cores,
+                demand_cores: live.then(|| hello.cores - snapshot.free_cores(name)),
+                score: live.then(|| f64::from(high_count(&snapshot, name, &config.policy)) / hello.cores),
                 memory_mib: hello.memory_mib,
-                memory_free_mib: snapshot.free_memory_mib(name),
+                memory_free_mib: live.then(|| snapshot.free_memory_mib(name)),
                 age_s: self.observer.age(now, name).map(|age| age.as_secs_f64()),
                 vms: snapshot.vms.iter().filter(|(_, vm)| vm.host == *name).map(|(vm, _)| vm.clone()).collect(),
+                draining: self.state.takes_nothing(name),
+                staying: self.refusals.iter().filter(|refusal| keeps(refusal, name)).map(ToString::to_string).collect(),
             }
         });
         list.collect()
     }
 
+    /// What is known of a VM at present, as far as the policy too would act on it. What a dead monitor or hypervisor said last
+    /// is no longer how the VM is.
+    pub fn condition(&self, now: Instant, name: &VmId, config: &AdaptConfig) -> Condition {
+        let Some(known) = self.state.vms.get(name) else { return Condition::Unknown };
+        let seen = self.seen.get(name).filter(|(at, _)| *at == known.host);
+        // A move has just ended there with the word of that host; its next observation is still to come.
+        let arrived = known.moved.is_some_and(|moved| now.since(moved) <= config.policy.max_age.0);
+        if seen.is_none() && arrived && self.seen.contains_key(name) && self.connection(&known.host).is_some() {
+            return Condition::Running;
+        }
+        let Some((at, state)) = seen else {
+            // Nobody has told of it yet: that is known of those only that are just being started.
+            let starting = self.state.environments.get(&known.environment).is_some_and(|env| env.life == Life::Starting);
+            return if starting { Condition::Booting } else { Condition::Unknown };
+        };
+        let heard = self.observer.age(now, at).is_some_and(|age| age <= config.policy.max_age.0);
+        let live = heard && self.connection(at).is_some();
+        // Its host tells, but not of this VM any more: its hypervisor does not answer.
+        let figures = self.observer.vm(name);
+        let missed = *state == VmState::Running
+            && figures.is_some_and(|figures| figures.host == *at && !figures.is_current(now, at, &config.policy));
+        if live && !missed { (*state).into() } else { Condition::Unknown }
+    }
+
+    /// How long ago a VM was last told of where it is recorded; none: not since this manager started.
+    pub fn heard_of(&self, now: Instant, name: &VmId) -> Option<std::time::Duration> {
+        let host = &self.state.vms.get(name)?.host;
+        match self.observer.vm(name).filter(|figures| figures.host == *host) {
+            Some(figures) => Some(now.since(figures.at)),
+            None => self.seen.get(name).filter(|(at, _)| at == host).and_then(|_| self.observer.age(now, host)),
+        }
+    }
+
     /// VMs as listed; of one environment, or all.
-    pub fn list_vms(&self, only: Option<&EnvironmentId>) -> Vec<VmListed> {
+    pub fn list_vms(&self, now: Instant, config: &AdaptConfig, only: Option<&EnvironmentId>) -> Vec<VmListed> {
         let wanted = self.state.vms.iter().filter(|(_, known)| only.is_none_or(|only| known.environment == *only));
         let list = wanted.map(|(name, known)| {
-            let figures = self.observer.vm(name);
+            let state = self.condition(now, name, config);
+            let current = self.observer.vm(name).filter(|figures| figures.is_current(now, &known.host, &config.policy));
+            let figures = current.filter(|_| state != Condition::Unknown);
+            let last = self.seen.get(name).filter(|(at, _)| *at == known.host);
             VmListed {
                 vm: name.clone(),
                 environment: known.environment.clone(),
                 role: known.spec.role,
                 address: known.spec.address,
                 host: Some(known.host.clone()),
-                state: self.seen.get(name).map_or(VmState::Booting, |(_, state)| *state),
-                run: figures.map_or(0.0, |figures| figures.last.run),
-                wait: figures.map_or(0.0, |figures| figures.last.wait),
-                demand: figures.map_or(0.0, |figures| figures.last.demand),
-                smoothed_demand: figures.map_or(0.0, |figures| figures.demand.so_far()),
+                state,
+                last_state: last.map(|(_, state)| (*state).into()),
+                seen_s: self.heard_of(now, name).map(|age| age.as_secs_f64()),
+                run: figures.map(|figures| figures.last.run),
+                wait: figures.map(|figures| figures.last.wait),
+                demand: figures.map(|figures| figures.last.demand),
+                smoothed_demand: figures.map(|figures| figures.demand.so_far()),
                 moving_to: self.state.moving_to(name).cloned(),
             }
         });

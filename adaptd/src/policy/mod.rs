@@ -112,6 +112,22 @@ pub enum Refusal {
         /// Which.
         vm: VmId,
     },
+    /// It is to be emptied.
+    #[error("{host} is being drained: nothing goes there before `violin host undrain {host}`")]
+    Draining {
+        /// Which.
+        host: HostId,
+    },
+    /// A VM on a host that is to be emptied has nowhere to go.
+    #[error("{vm} cannot leave {host}, which is being drained: {why}")]
+    CannotLeave {
+        /// Which.
+        vm: VmId,
+        /// Where it is.
+        host: HostId,
+        /// What is in the way.
+        why: String,
+    },
     /// Balance would not get better.
     #[error("{what}: the spread would not fall by the least gain")]
     NoGain {
@@ -159,6 +175,8 @@ pub struct Thought {
     pub before: Score,
     /// What is wanted, and how things would stand then.
     pub proposal: Option<(Proposal, Score)>,
+    /// Whether that is to empty a host: no balance has to settle before.
+    pub drains: bool,
     /// What was considered and refused.
     pub refusals: Vec<Refusal>,
 }

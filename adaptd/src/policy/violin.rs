@@ -32,6 +32,10 @@ pub fn think(snapshot: &Snapshot, policy: &Policy) -> Thought {
             return thought;
         }
     }
+    if let Some(found) = drain(snapshot, policy, &mut thought.refusals) {
+        (thought.proposal, thought.drains) = (Some(found), true);
+        return thought;
+    }
     for worst in overworked(&thought.before) {
         let Some(domain) = snapshot.domain(&worst).cloned() else { continue };
         let found = within(snapshot, policy, &thought.before, &worst, &domain, &mut thought.refusals);
@@ -45,6 +49,70 @@ pub fn think(snapshot: &Snapshot, policy: &Policy) -> Thought {
         }
     }
     thought
+}
+
+/// The first VM that can leave a host which is to be emptied: to the least used host of its domain that takes it; when none
+/// does, its environment as a gang to the domain where the spread is lowest. Balance and cooldowns do not count: an operator
+/// waits. What cannot leave is told.
+fn drain(snapshot: &Snapshot, policy: &Policy, refusals: &mut Vec<Refusal>) -> Option<(Proposal, Score)> {
+    let mut domains: Vec<_> = snapshot.hosts.values().map(|host| &host.domain).collect();
+    domains.sort();
+    domains.dedup();
+    let mut found = None;
+    for (name, vm) in &snapshot.vms {
+        let Some(from) = snapshot.hosts.get(&vm.host).filter(|host| host.draining) else { continue };
+        let mut why = match from.standing {
+            Standing::Live => format!("no other host of {} is there", from.domain),
+            _ => Refusal::HostUnknown { host: vm.host.clone() }.to_string(),
+        };
+        let mut hosts: Vec<_> = snapshot.live_hosts(&from.domain).filter(|host| **host != vm.host).collect();
+        hosts.retain(|host| {
+            let failed = || failed_before(vm.failed.get(host), policy, || format!("{name} from {} to {host}", vm.host));
+            let refused = takes(snapshot, policy, name, vm, host).err().or_else(failed);
+            refused.inspect(|refusal| why = refusal.to_string()).is_none()
+        });
+        hosts.sort_by(|a, b| snapshot.free_cores(b).total_cmp(&snapshot.free_cores(a)).then_with(|| a.cmp(b)));
+        let to = hosts.first().filter(|_| from.standing == Standing::Live);
+        if let Some(to) = to {
+            let moves = vec![Move { vm: name.clone(), from: vm.host.clone(), to: (*to).clone() }];
+            let reason = format!("{} is being drained; {to} in the same domain takes {name}", vm.host);
+            let proposal = Proposal { moves, gang: None, reason };
+            found.get_or_insert_with(|| (proposal, score(&snapshot.with_move(name, to), policy)));
+            continue;
+        }
+        // What has just started or moved counts in full: no environment leaves its domain for want of an observation.
+        let unknown = |other: &&Vm| other.doing == Doing::Running && other.demand.is_none();
+        let at_home = |other: &&Vm| snapshot.domain(&other.host) == Some(&from.domain);
+        if vm.role == Role::Compute && snapshot.vms.values().filter(at_home).any(|other| unknown(&other)) {
+            why = format!("{why}; what the VMs of {} want is not known yet", from.domain);
+            refusals.push(Refusal::CannotLeave { vm: name.clone(), host: vm.host.clone(), why });
+            continue;
+        }
+        let environment = &vm.environment;
+        let failed = snapshot.environments.get(environment).map(|known| &known.failed);
+        let others = domains.iter().filter(|other| vm.role == Role::Compute && ***other != from.domain);
+        let mut best: Option<Gang> = None;
+        for other in others {
+            let before = failed.and_then(|failed| failed.get(other));
+            let refused = failed_before(before, policy, || format!("{environment} to {other}"));
+            match refused.map_or_else(|| gang(snapshot, policy, environment, other), Err) {
+                Err(refusal) => why = format!("{why}; {refusal}"),
+                Ok(gang) if best.as_ref().is_none_or(|best| gang.order(best) == Ordering::Less) => best = Some(gang),
+                Ok(_) => {}
+            }
+        }
+        match best.filter(|_| from.standing == Standing::Live) {
+            Some(Gang { moves, to, after, .. }) => {
+                let reason = format!(
+                    "{} is being drained and no other host of {} takes {name}: {environment} moves to {to} as a whole",
+                    vm.host, from.domain
+                );
+                found.get_or_insert_with(|| (Proposal { moves, gang: Some(environment.clone()), reason }, after));
+            }
+            None => refusals.push(Refusal::CannotLeave { vm: name.clone(), host: vm.host.clone(), why }),
+        }
+    }
+    found
 }
 
 /// Hosts with more than their share (a score above the mean), worst first, then by name.
@@ -155,6 +223,9 @@ pub fn takes(snapshot: &Snapshot, policy: &Policy, name: &VmId, vm: &Vm, to: &Ho
     let Some(host) = snapshot.hosts.get(to).filter(|host| host.standing == Standing::Live) else {
         return Err(Refusal::HostUnknown { host: to.clone() });
     };
+    if host.draining {
+        return Err(Refusal::Draining { host: to.clone() });
+    }
     if vm.doing != Doing::Running {
         return Err(Refusal::NotMovable { vm: name.clone(), why: "it does not run".into() });
     }

@@ -7,7 +7,7 @@ mod state;
 
 use crate::plan::Plan;
 use serde::{Deserialize, Serialize};
-pub use state::{Goal, KEPT, KnownEnvironment, KnownVm, Life, State, Unfinished, vm_spec};
+pub use state::{Abandoned, Goal, KEPT, KnownEnvironment, KnownVm, Life, State, Unfinished, vm_spec};
 use std::collections::BTreeMap;
 use violin_common::api::adapt::{DecisionSeen, Migration, Mode};
 use violin_common::config::environment::EnvironmentSpec;
@@ -124,6 +124,15 @@ pub enum RecordV1 {
         /// Where it may run too.
         host: HostId,
     },
+    /// An operator wants a host empty, or no longer.
+    HostDrains {
+        /// Which.
+        host: HostId,
+        /// Whether.
+        on: bool,
+    },
+    /// An operator has said that a host is gone for good, with whatever runs there.
+    HostForgotten(HostId),
 }
 
 /// A mode an operator set, kept over restarts.

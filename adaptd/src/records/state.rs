@@ -70,6 +70,15 @@ pub enum Goal {
     Gang(EnvironmentId, DomainId),
 }
 
+/// What may still be on a host that was given up: nothing waits for it, and it goes should that host ever come back.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Abandoned {
+    /// VMs, and the networks they were in.
+    pub vms: BTreeMap<VmId, Vni>,
+    /// Access namespaces, and the networks they lead into.
+    pub doors: BTreeMap<EnvironmentId, Vni>,
+}
+
 /// What the records add up to.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct State {
@@ -87,6 +96,10 @@ pub struct State {
     pub to_stop: BTreeMap<VmId, BTreeSet<HostId>>,
     /// Access namespaces that may be there, also of environments that are gone, and the networks they lead into.
     pub doors: BTreeMap<(EnvironmentId, HostId), Vni>,
+    /// Hosts that an operator wants empty.
+    pub draining: BTreeSet<HostId>,
+    /// What was left on hosts that an operator has given up.
+    pub abandoned: BTreeMap<HostId, Abandoned>,
     /// The last [`KEPT`] decisions, oldest first.
     pub decisions: Vec<DecisionSeen>,
     /// Migrations by number: all that are under way, and the last [`KEPT`].
@@ -171,6 +184,8 @@ impl State {
                     hosts.remove(host);
                 }
                 self.to_stop.retain(|_, hosts| !hosts.is_empty());
+                self.abandoned.entry(host.clone()).or_default().vms.remove(vm);
+                self.abandoned.retain(|_, left| *left != Abandoned::default());
             }
             RecordV1::Decided { decision, .. } => {
                 self.decisions.push((**decision).clone());
@@ -217,9 +232,66 @@ impl State {
             }
             RecordV1::AccessClosed { environment, host } => {
                 self.doors.remove(&(environment.clone(), host.clone()));
+                self.abandoned.entry(host.clone()).or_default().doors.remove(environment);
+                self.abandoned.retain(|_, left| *left != Abandoned::default());
             }
+            RecordV1::HostDrains { host, on: true } => drop(self.draining.insert(host.clone())),
+            RecordV1::HostDrains { host, on: false } => drop(self.draining.remove(host)),
+            RecordV1::HostForgotten(host) => self.abandon(host),
             RecordV1::ModeSet(kept) => self.mode = Some(*kept),
         }
+    }
+
+    /// Gives up whatever is recorded on a host. Incarnations stay: what comes back is older than what was started since.
+    fn abandon(&mut self, host: &HostId) {
+        self.draining.remove(host);
+        let mut left = self.abandoned.remove(host).unwrap_or_default();
+        for (vm, known) in &mut self.vms {
+            if known.host == *host || known.doubt.as_ref() == Some(host) {
+                left.vms.insert(vm.clone(), known.spec.network.vni);
+            }
+            known.doubt = known.doubt.take().filter(|doubt| doubt != host);
+        }
+        self.vms.retain(|_, known| known.host != *host);
+        for (vm, hosts) in &mut self.to_stop {
+            if let (true, Some(vni)) = (hosts.remove(host), self.ended.get(vm)) {
+                left.vms.insert(vm.clone(), *vni);
+            }
+        }
+        self.to_stop.retain(|_, hosts| !hosts.is_empty());
+        self.doors.retain(|(environment, at), vni| {
+            if at == host {
+                left.doors.insert(environment.clone(), *vni);
+            }
+            at != host
+        });
+        for environment in self.environments.values_mut() {
+            environment.access = environment.access.take().filter(|at| at != host);
+        }
+        let Self { vms, missed, .. } = self;
+        missed.retain(|goal, _| match goal {
+            Goal::Vm(vm, to) => vms.contains_key(vm) && to != host,
+            Goal::Gang(..) => true,
+        });
+        if left != Abandoned::default() {
+            self.abandoned.insert(host.clone(), left);
+        }
+    }
+
+    /// What the journal has on a host, in words: VMs that run there or may, and what is owed there of ended environments.
+    pub fn recorded_on(&self, host: &HostId) -> Vec<String> {
+        let runs = self.vms.iter().filter(|(_, known)| known.host == *host || known.doubt.as_ref() == Some(host));
+        let owed = self.to_stop.iter().filter(|(vm, hosts)| hosts.contains(host) && !self.vms.contains_key(*vm));
+        let doors = self.doors.keys().filter(|(environment, at)| at == host && !self.environments.contains_key(environment));
+        runs.map(|(vm, _)| vm.to_string())
+            .chain(owed.map(|(vm, _)| format!("{vm} (of an ended environment)")))
+            .chain(doors.map(|(environment, _)| format!("the access namespace of {environment}, which has ended")))
+            .collect()
+    }
+
+    /// Whether nothing may be brought to a host: an operator wants it empty, or what it was given up with is still there.
+    pub fn takes_nothing(&self, host: &HostId) -> bool {
+        self.draining.contains(host) || self.abandoned.contains_key(host)
     }
 
     fn begin(&mut self, stored: &StoredEnvironment) {

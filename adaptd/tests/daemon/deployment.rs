@@ -31,6 +31,8 @@ pub(crate) struct Table {
     pub(crate) memory_free_mib: BTreeMap<HostId, u64>,
     /// Hosts that observe none of their VMs.
     pub(crate) blind: BTreeSet<HostId>,
+    /// Hosts that observe nothing at all, their connection up.
+    pub(crate) mute: BTreeSet<HostId>,
     /// Commands held: (host, kind). They wait until they are taken out.
     pub(crate) held: BTreeSet<(String, String)>,
     /// Commands that arrived while held.
@@ -326,6 +328,9 @@ async fn monitor(host: HostId, domain: String, cores: f64, tls: Tls, manager: So
                     });
                 }
                 () = tokio::time::sleep(Duration::from_millis(50)) => {
+                    if table.lock().unwrap().mute.contains(&host) {
+                        continue;
+                    }
                     let report = Report::Observation(observe(&host, &table));
                     if frame::send(&mut reports, &report).await.is_err() {
                         break;

@@ -23,7 +23,9 @@ async fn crowded(mode: &str) -> Deployment {
     // Act on the whole picture only: the manager sees all demands before it may.
     deployment
         .until("demands are seen", |deployment| match deployment.ask_blocking(&AdaptRequest::VmList) {
-            Ok(AdaptReply::Vms(vms)) => vms.iter().filter(|vm| vm.smoothed_demand > 0.75).count() == 6,
+            Ok(AdaptReply::Vms(vms)) => {
+                vms.iter().filter(|vm| vm.smoothed_demand.is_some_and(|demand| demand > 0.75)).count() == 6
+            }
             _ => false,
         })
         .await;
@@ -557,7 +559,7 @@ async fn a_host_takes_no_vm_for_which_it_has_no_memory_really_free() {
     deployment.table.lock().unwrap().memory_free_mib.insert("h3".parse().unwrap(), 255);
     deployment
         .until("it is known", |deployment| match deployment.ask_blocking(&AdaptRequest::HostList) {
-            Ok(AdaptReply::Hosts(hosts)) => hosts.iter().any(|host| host.memory_free_mib == 255),
+            Ok(AdaptReply::Hosts(hosts)) => hosts.iter().any(|host| host.memory_free_mib == Some(255)),
             _ => false,
         })
         .await;
@@ -571,7 +573,7 @@ async fn a_host_takes_no_vm_for_which_it_has_no_memory_really_free() {
 async fn demand_that_is_no_longer_observed_is_not_believed() {
     let deployment = crowded("dry-run").await;
     let score = |deployment: &Deployment| match deployment.ask_blocking(&AdaptRequest::HostList) {
-        Ok(AdaptReply::Hosts(hosts)) => hosts.iter().find(|host| host.host.as_str() == "h1").map(|host| host.score),
+        Ok(AdaptReply::Hosts(hosts)) => hosts.iter().find(|host| host.host.as_str() == "h1").and_then(|host| host.score),
         _ => None,
     };
     deployment.until("h1 is crowded", |deployment| score(deployment).is_some_and(|score| score > 1.0)).await;
@@ -593,6 +595,10 @@ async fn what_cannot_be_moved_is_refused_in_words() {
         (migrate("alpha-c1", "h9"), "no host h9"),
         (migrate("alpha-c1", "h1"), "on h1 already"),
         (AdaptRequest::EnvMove { environment: "gamma".parse().unwrap(), to: "d2".parse().unwrap() }, "gamma"),
+        (
+            AdaptRequest::EnvMove { environment: "alpha".parse().unwrap(), to: "d9".parse().unwrap() },
+            "got domain d9, want one of: d1 d2",
+        ),
         (
             AdaptRequest::Switch { host: "h9".parse().unwrap(), request: SwitchRequest::PortList },
             "got host h9, want one whose monitor has called since this manager started: h1 h2 h3",
@@ -616,4 +622,155 @@ async fn a_second_manager_on_the_same_journal_does_not_start() {
 
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("journal"), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The monitor is dead, or the hypervisor below it, or it is connected and says nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_last_known_is_not_told_as_how_it_is() {
+    let json = |value: &AdaptReply| serde_json::to_value(value).unwrap();
+    let of_c1 = |deployment: &Deployment| {
+        let vms = json(&deployment.ask_blocking(&AdaptRequest::VmList).unwrap());
+        vms["vms"].as_array().unwrap().iter().find(|vm| vm["vm"] == "alpha-c1").unwrap().clone()
+    };
+    for lost in ["monitor", "hypervisor", "observations"] {
+        let mut deployment = Deployment::new("act").await;
+        deployment.up("alpha", &ALPHA).await;
+        assert_eq!(of_c1(&deployment)["state"], "running");
+
+        match lost {
+            "monitor" => deployment.kill_monitor("h1"),
+            "hypervisor" => drop(deployment.table.lock().unwrap().blind.insert("h1".parse().unwrap())),
+            _ => drop(deployment.table.lock().unwrap().mute.insert("h1".parse().unwrap())),
+        }
+
+        deployment.until(&format!("nothing is known ({lost})"), |deployment| of_c1(deployment)["state"] == "unknown").await;
+        let seen = of_c1(&deployment);
+        assert_eq!(
+            (&seen["last-state"], &seen["run"], &seen["host"]),
+            (&"running".into(), &serde_json::Value::Null, &"h1".into())
+        );
+        assert!(seen["seen-s"].as_f64().is_some_and(|age| age > 0.0), "{seen}");
+        let why = deployment.ask_blocking(&AdaptRequest::Why { vm: "alpha-c1".parse().unwrap() }).unwrap();
+        assert!(matches!(&why, AdaptReply::Words(words) if words.contains("alpha-c1 was on h1")), "{why:?}");
+        let hosts = json(&deployment.ask_blocking(&AdaptRequest::HostList).unwrap());
+        let known = hosts["hosts"][0]["demand-cores"].is_number();
+        assert_eq!(known, lost == "hypervisor", "{hosts}");
+        // Those of other hosts are known as before.
+        let vms = json(&deployment.ask_blocking(&AdaptRequest::VmList).unwrap());
+        let running = vms["vms"].as_array().unwrap().iter().filter(|vm| vm["state"] == "running").count();
+        assert_eq!(running, 2, "{vms}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_that_has_heard_nothing_yet_calls_no_vm_booting() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+
+    deployment.kill();
+    ["h1", "h2", "h3"].iter().for_each(|host| deployment.kill_monitor(host));
+    deployment.start();
+    deployment.until("it answers again", |deployment| deployment.ask_blocking(&AdaptRequest::Status).is_ok()).await;
+
+    let vms = serde_json::to_value(deployment.ask_blocking(&AdaptRequest::VmList).unwrap()).unwrap();
+    let states: Vec<_> = vms["vms"].as_array().unwrap().iter().map(|vm| &vm["state"]).collect();
+    assert_eq!(states, ["unknown"; 5]);
+}
+
+fn of_host(deployment: &Deployment, host: &str) -> Option<violin_common::api::adapt::HostSeen> {
+    match deployment.ask_blocking(&AdaptRequest::HostList) {
+        Ok(AdaptReply::Hosts(hosts)) => hosts.into_iter().find(|seen| seen.host.as_str() == host),
+        _ => None,
+    }
+}
+
+fn drain(host: &str) -> AdaptRequest {
+    AdaptRequest::HostDrain { host: host.parse().unwrap() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drained_host_is_emptied_and_stays_empty_over_a_restart_until_it_is_undrained() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+
+    let words = deployment.ask_blocking(&drain("h1")).unwrap();
+    assert!(matches!(&words, AdaptReply::Words(words) if words.contains("3 VMs leave")), "{words:?}");
+    let empty = |deployment: &Deployment| of_host(deployment, "h1").is_some_and(|seen| seen.draining && seen.vms.is_empty());
+    deployment.until("it is empty", |deployment| empty(deployment) && deployment.nothing_moves()).await;
+    let on_h2 = ["head", "c1", "c2", "c3", "c4"].iter().all(|node| deployment.running(&format!("alpha-{node}")) == ["h2"]);
+    assert!(on_h2 && deployment.halves().is_empty(), "{}", deployment.log());
+
+    deployment.kill();
+    deployment.start();
+    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
+    assert!(empty(&deployment));
+    let migrate = AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h1".parse().unwrap() };
+    deployment
+        .until("the VM is known to run", |deployment| {
+            matches!(deployment.ask_blocking(&AdaptRequest::Why { vm: "alpha-c1".parse().unwrap() }),
+                Ok(AdaptReply::Words(words)) if words.contains("alpha-c1 is on h2"))
+        })
+        .await;
+    let refused = deployment.ask(migrate.clone()).await.unwrap_err();
+    assert!(refused.contains("h1 is being drained"), "{refused}");
+    let refused = deployment.try_up("beta", &[("c1", "h1")]).await.unwrap_err();
+    assert!(refused.contains("h1, which is being drained"), "{refused}");
+    deployment.up("beta", &[]).await;
+    assert!(of_host(&deployment, "h1").unwrap().vms.is_empty());
+
+    deployment.ask(AdaptRequest::HostUndrain { host: "h1".parse().unwrap() }).await.unwrap();
+    deployment.ask(migrate).await.unwrap();
+    assert_eq!(deployment.running("alpha-c1"), ["h1"], "{}", deployment.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_keeps_a_draining_host_from_being_empty_is_told() {
+    let deployment = Deployment::new("act").await;
+    deployment.table.lock().unwrap().memory_free_mib.insert("h2".parse().unwrap(), 100);
+    deployment.up("alpha", &[("head", "h1"), ("c1", "h3"), ("c2", "h3"), ("c3", "h3"), ("c4", "h3")]).await;
+
+    deployment.ask(drain("h1")).await.unwrap();
+
+    let told = |deployment: &Deployment| of_host(deployment, "h1").is_some_and(|seen| !seen.staying.is_empty());
+    deployment.until("it is told", told).await;
+    let seen = of_host(&deployment, "h1").unwrap();
+    assert_eq!(
+        seen.staying,
+        ["alpha-head cannot leave h1, which is being drained: h2 has 100 MiB free, alpha-head needs 256 MiB"]
+    );
+    assert!(seen.draining && seen.vms.len() == 1, "{seen:?}");
+    assert!(deployment.ask(drain("h9")).await.unwrap_err().contains("got host h9"));
+}
+
+/// The host comes back all the same, what ran there with it, while a VM of that name runs elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forgotten_host_that_comes_back_runs_nothing_a_second_time() {
+    let forget = |lost| AdaptRequest::HostForget { host: "h3".parse().unwrap(), vms_are_lost: lost };
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &[("head", "h1"), ("c1", "h3"), ("c2", "h3"), ("c3", "h1"), ("c4", "h2")]).await;
+    assert!(deployment.ask(forget(true)).await.unwrap_err().contains("whose monitor is connected"));
+    deployment.kill_monitor("h3");
+    deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+
+    let words = deployment.ask(forget(false)).await.unwrap_err();
+    assert!(words.contains("alpha-c1, alpha-c2") && words.contains("--vms-are-lost"), "{words}");
+    deployment.ask(forget(true)).await.unwrap();
+    assert_eq!(of_host(&deployment, "h3"), None);
+    // Over a restart, too.
+    deployment.kill();
+    deployment.start();
+    deployment.until("the others are back", |deployment| deployment.connected() == 2).await;
+    let AdaptReply::Environments(list) = deployment.ask_blocking(&AdaptRequest::EnvList).unwrap() else { panic!() };
+    assert_eq!(list[0].vms.len(), 3);
+    deployment.ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() }).await.unwrap();
+    deployment.up("alpha", &[("c1", "h1"), ("c2", "h2")]).await;
+    assert_eq!(deployment.running("alpha-c1"), ["h1", "h3"]);
+
+    deployment.start_monitor("h3");
+
+    deployment.until("what it had is ended", |deployment| deployment.running("alpha-c1") == ["h1"]).await;
+    deployment.until("the other too", |deployment| deployment.running("alpha-c2") == ["h2"]).await;
+    deployment.until("it is a host again", |deployment| of_host(deployment, "h3").is_some_and(|seen| !seen.draining)).await;
+    assert!(!deployment.log().contains("taking note"), "{}", deployment.log());
+    assert!(ALPHA.iter().all(|(node, _)| deployment.running(&format!("alpha-{node}")).len() == 1));
 }

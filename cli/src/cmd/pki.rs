@@ -3,10 +3,10 @@
 use crate::table::Output;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
-use violin_channel::pki::{self, Pair};
+use violin_channel::pki;
 use violin_common::{DomainId, HostId};
 
-/// Common name of the authorities made here; the issuer in every certificate they sign.
+/// Common name of the authorities made here.
 const AUTHORITY: &str = "violin";
 
 /// `violin pki …`
@@ -47,7 +47,8 @@ pub(crate) fn run(command: Pki, output: Output) -> Result<()> {
                     format!("cannot read {}: make an authority with `violin pki init {}`", path.display(), dir.display())
                 })
             };
-            let authority = Pair { name: AUTHORITY.into(), certificate: read("ca.pem")?, key: read("ca.key")? };
+            let authority = pki::read_authority(&read("ca.pem")?, &read("ca.key")?)
+                .with_context(|| format!("{0}/ca.pem and {0}/ca.key", dir.display()))?;
             let pair = pki::make_host_certificate(&authority, &host, &domain)?;
             let files = pki::paths(&dir, &host);
             write(&files.cert, &pair.certificate, 0o644)?;

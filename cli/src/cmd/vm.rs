@@ -1,9 +1,9 @@
 //! `host`, `vm`: what there is and where it runs.
 
-use crate::table::{Output, joined, or_dash, percent};
+use crate::table::{Output, joined, or_dash, percent, say};
 use crate::target::Target;
 use anyhow::{Result, bail};
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Migration, Outcome, VmListed};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, Migration, Outcome, VmListed};
 use violin_common::{HostId, VmId};
 
 /// `violin vm …`
@@ -13,6 +13,8 @@ pub(crate) enum Vm {
     ///
     /// RUN, WAIT and DEMAND are of the last observation, in percent of the VM's vCPUs: time it ran, time it was ready and
     /// waited, and what the manager takes it to want. SMOOTHED is the mean of DEMAND that decisions are taken on.
+    /// STATE is `unknown`, with what it was and how long ago, and the figures are `-`, when its host's monitor is away or has not
+    /// told of it for `max-age` (10 s).
     List,
     /// Move a VM to another host while it runs, and wait for the end.
     ///
@@ -32,12 +34,51 @@ pub(crate) enum Vm {
     },
 }
 
+/// `violin host …`
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Host {
+    /// Keep a host empty: nothing starts on or moves to it, and in mode act its VMs leave it, one after another.
+    ///
+    /// They go where the policy would move them: in their domain first, an environment as a whole to another domain when there is
+    /// no room; head nodes stay in their home domain. `violin host` shows what is left and what keeps it. Kept over restarts.
+    Drain {
+        /// Host.
+        host: HostId,
+    },
+    /// Use a host again.
+    Undrain {
+        /// Host.
+        host: HostId,
+    },
+    /// Strike out a host that is gone for good; its monitor must be away.
+    Forget {
+        /// Host.
+        host: HostId,
+        /// Give up the VMs that are recorded there, too: their environments go on without them, their names may be used again.
+        /// Should the host come back all the same, they are ended there before anything else.
+        #[arg(long)]
+        vms_are_lost: bool,
+    },
+}
+
+/// Runs `violin host …`.
+pub(crate) fn host(target: &Target, output: Output, command: Host) -> Result<()> {
+    let request = match command {
+        Host::Drain { host } => AdaptRequest::HostDrain { host },
+        Host::Undrain { host } => AdaptRequest::HostUndrain { host },
+        Host::Forget { host, vms_are_lost } => AdaptRequest::HostForget { host, vms_are_lost },
+    };
+    let AdaptReply::Words(words) = target.ask(&request)? else { bail!("the manager answered another question") };
+    output.words(&words);
+    Ok(())
+}
+
 /// Lists hosts.
 pub(crate) fn hosts(target: &Target, output: Output) -> Result<()> {
     let AdaptReply::Hosts(hosts) = target.ask(&AdaptRequest::HostList)? else { bail!("the manager answered another question") };
     output.list(
         &hosts,
-        ["HOST", "DOMAIN", "CONNECTED", "DRIVER", "CORES", "WANTED", "SCORE", "MEMORY FREE", "SEEN", "VMS"],
+        ["HOST", "DOMAIN", "CONNECTED", "DRIVER", "CORES", "WANTED", "SCORE", "MEMORY FREE", "SEEN", "DRAINING", "VMS"],
         |host| {
             [
                 host.host.to_string(),
@@ -45,14 +86,32 @@ pub(crate) fn hosts(target: &Target, output: Output) -> Result<()> {
                 if host.connected { "yes" } else { "no" }.to_owned(),
                 host.driver.clone(),
                 format!("{:.1}", host.cores),
-                format!("{:.2}", host.demand_cores),
-                format!("{:.2}", host.score),
-                format!("{} of {} MiB", host.memory_free_mib, host.memory_mib),
+                or_dash(host.demand_cores.map(|cores| format!("{cores:.2}"))),
+                or_dash(host.score.map(|score| format!("{score:.2}"))),
+                format!("{} of {} MiB", or_dash(host.memory_free_mib), host.memory_mib),
                 or_dash(host.age_s.map(|age| format!("{age:.1} s ago"))),
+                match (host.draining, host.vms.len()) {
+                    (false, _) => "no".to_owned(),
+                    (true, 0) => "empty".to_owned(),
+                    (true, left) => format!("{left} left"),
+                },
                 joined(&host.vms),
             ]
         },
-    )
+    )?;
+    if !output.json {
+        hosts.iter().flat_map(|host| &host.staying).for_each(|words| say!("{words}"));
+    }
+    Ok(())
+}
+
+/// How a VM is; if nobody says at present, how it was and when.
+fn condition(vm: &VmListed) -> String {
+    match (vm.state, vm.last_state, vm.seen_s) {
+        (Condition::Unknown, Some(last), Some(age)) => format!("unknown ({last} {age:.0} s ago)"),
+        (Condition::Unknown, Some(last), None) => format!("unknown (was {last})"),
+        (state, _, _) => state.to_string(),
+    }
 }
 
 /// Prints VMs as a table.
@@ -63,11 +122,11 @@ pub(crate) fn print(output: Output, vms: &[VmListed]) -> Result<()> {
             format!("{:?}", vm.role).to_lowercase(),
             vm.address.to_string(),
             or_dash(vm.host.as_ref()),
-            format!("{:?}", vm.state).to_lowercase(),
-            percent(vm.run),
-            percent(vm.wait),
-            percent(vm.demand),
-            percent(vm.smoothed_demand),
+            condition(vm),
+            or_dash(vm.run.map(percent)),
+            or_dash(vm.wait.map(percent)),
+            or_dash(vm.demand.map(percent)),
+            or_dash(vm.smoothed_demand.map(percent)),
             or_dash(vm.moving_to.as_ref()),
         ]
     })

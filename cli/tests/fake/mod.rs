@@ -8,9 +8,8 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use violin_common::api::Response;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, EnvironmentSeen, VmListed};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, EnvironmentSeen, VmListed};
 use violin_common::config::environment::{EnvironmentSpec, Node};
-use violin_common::control::monitor::VmState;
 
 /// Runs what comes behind the address, as a node's shell would. With CUT its input or output ends after so many bytes, as
 /// when the connection breaks.
@@ -76,7 +75,7 @@ pub fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn alpha() -> EnvironmentSeen {
+pub fn alpha() -> EnvironmentSeen {
     let spec = EnvironmentSpec::parse(include_str!("../../../configs/environments/alpha.toml")).unwrap();
     let listed = |node: &Node| VmListed {
         vm: node.vm.clone(),
@@ -84,11 +83,13 @@ fn alpha() -> EnvironmentSeen {
         role: node.role,
         address: node.address,
         host: None,
-        state: VmState::Running,
-        run: 0.0,
-        wait: 0.0,
-        demand: 0.0,
-        smoothed_demand: 0.0,
+        state: Condition::Running,
+        last_state: Some(Condition::Running),
+        seen_s: Some(0.5),
+        run: Some(0.0),
+        wait: Some(0.0),
+        demand: Some(0.0),
+        smoothed_demand: Some(0.0),
         moving_to: None,
     };
     EnvironmentSeen { vms: spec.nodes().unwrap().iter().map(listed).collect(), home: spec.home.clone().unwrap(), spec }

@@ -54,6 +54,23 @@ pub enum AdaptRequest {
     },
     /// Answers [`AdaptReply::Hosts`].
     HostList,
+    /// Nothing starts on or moves to a host from now on, and the policy empties it; answers [`AdaptReply::Words`].
+    HostDrain {
+        /// Which.
+        host: HostId,
+    },
+    /// Takes that back; answers [`AdaptReply::Words`].
+    HostUndrain {
+        /// Which.
+        host: HostId,
+    },
+    /// A host is gone for good; answers [`AdaptReply::Words`].
+    HostForget {
+        /// Which.
+        host: HostId,
+        /// Whether the VMs recorded on it are given up: they are stopped should it ever come back.
+        vms_are_lost: bool,
+    },
     /// Answers [`AdaptReply::Vms`].
     VmList,
     /// Moves one VM; streams progress, then answers [`AdaptReply::Migrations`] with that one.
@@ -134,18 +151,70 @@ pub struct HostSeen {
     pub driver: String,
     /// Declared cores.
     pub cores: f64,
-    /// Declared cores its VMs want, smoothed.
-    pub demand_cores: f64,
-    /// High-demand VMs / cores.
-    pub score: f64,
+    /// Declared cores its VMs want, smoothed; none: nothing is known of it at present.
+    pub demand_cores: Option<f64>,
+    /// High-demand VMs / cores; none like above.
+    pub score: Option<f64>,
     /// Memory for guests, in MiB.
     pub memory_mib: u64,
-    /// Free of it.
-    pub memory_free_mib: u64,
+    /// Free of it; none like above.
+    pub memory_free_mib: Option<u64>,
     /// Seconds since its last observation.
     pub age_s: Option<f64>,
     /// VMs on it.
     pub vms: Vec<VmId>,
+    /// Whether an operator wants it empty: nothing starts or moves there.
+    #[serde(default)]
+    pub draining: bool,
+    /// What keeps those VMs on it that cannot leave a draining host, in words.
+    #[serde(default)]
+    pub staying: Vec<String>,
+}
+
+/// How a VM is, as far as it is known at present.
+///
+/// It is known as long as the manager would act on it: the monitor of its host is connected, and has told of the VM within the
+/// policy's `max-age`. What was known before that is no longer shown as how the VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Condition {
+    /// See [`VmState::Booting`].
+    Booting,
+    /// See [`VmState::Running`].
+    Running,
+    /// See [`VmState::Paused`].
+    Paused,
+    /// See [`VmState::Arriving`].
+    Arriving,
+    /// See [`VmState::Stopped`].
+    Stopped,
+    /// Nobody says at present.
+    Unknown,
+}
+
+impl From<VmState> for Condition {
+    fn from(state: VmState) -> Self {
+        match state {
+            VmState::Booting => Self::Booting,
+            VmState::Running => Self::Running,
+            VmState::Paused => Self::Paused,
+            VmState::Arriving => Self::Arriving,
+            VmState::Stopped => Self::Stopped,
+        }
+    }
+}
+
+impl std::fmt::Display for Condition {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Booting => "booting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Arriving => "arriving",
+            Self::Stopped => "stopped",
+            Self::Unknown => "unknown",
+        })
+    }
 }
 
 /// A VM as listed.
@@ -160,18 +229,24 @@ pub struct VmListed {
     pub role: Role,
     /// Address inside its network.
     pub address: Ipv4Addr,
-    /// Where it runs.
+    /// Where it runs, or was when it was last heard of.
     pub host: Option<HostId>,
     /// How it is.
-    pub state: VmState,
-    /// Last figures: run, wait and demand as fractions of its vCPUs, and demand smoothed.
-    pub run: f64,
+    pub state: Condition,
+    /// How it was when it was last heard of; none: never since the manager started.
+    #[serde(default)]
+    pub last_state: Option<Condition>,
+    /// Seconds since it was last heard of; none: not since the manager started.
+    #[serde(default)]
+    pub seen_s: Option<f64>,
+    /// Last figures: run, wait and demand as fractions of its vCPUs, and demand smoothed; none: nothing is known at present.
+    pub run: Option<f64>,
     /// See above.
-    pub wait: f64,
+    pub wait: Option<f64>,
     /// See above.
-    pub demand: f64,
+    pub demand: Option<f64>,
     /// See above.
-    pub smoothed_demand: f64,
+    pub smoothed_demand: Option<f64>,
     /// Where it is moving to.
     pub moving_to: Option<HostId>,
 }

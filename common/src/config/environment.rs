@@ -3,6 +3,7 @@
 use super::{ConfigError, from_toml};
 use crate::api::switch::NetworkSpec;
 use crate::control::monitor::Role;
+use crate::id::{LABEL, is_label};
 use crate::{DomainId, EnvironmentId, MacAddr, VmId, Vni};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -62,6 +63,17 @@ pub struct Group {
     pub memory_mib: u64,
 }
 
+/// What an address is for, if not for a host. Source: RFC 6890 §2.2.2, RFC 5771 §3.
+const fn not_for_hosts(address: Ipv4Addr) -> Option<&'static str> {
+    match address.octets()[0] {
+        0 => Some("\"this network\""),
+        127 => Some("which is loopback"),
+        224..=239 => Some("which is for multicast"),
+        240..=255 => Some("which is reserved"),
+        _ => None,
+    }
+}
+
 const fn one() -> u32 {
     1
 }
@@ -89,8 +101,35 @@ impl EnvironmentSpec {
     /// Reads and checks a file's text.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let spec: Self = from_toml(text)?;
-        spec.nodes()?;
+        spec.check()?;
         Ok(spec)
+    }
+
+    /// All nodes of a file that may be started. Errors: what makes the file wrong; also names and networks that nothing in a
+    /// guest could work with. Those only here: what a journal has of an earlier version goes on.
+    pub fn check(&self) -> Result<Vec<Node>, ConfigError> {
+        if self.name.as_str().ends_with('-') {
+            return Err(ConfigError::value("name", &self.name, "a name that ends with a letter or digit"));
+        }
+        if let Some(what) = not_for_hosts(self.network.address) {
+            let wanted = "addresses that hosts can have, such as 10.0.0.0 to 10.255.255.255";
+            return Err(ConfigError::value("network.address", format!("{}, {what}", self.network.address), wanted));
+        }
+        // The longest name made of it is the VM's.
+        let longest = VmId::MAX - self.name.as_str().len() - 1;
+        for (index, group) in self.groups.iter().enumerate() {
+            let last = if group.count == 1 { group.name.clone() } else { format!("{}{}", group.name, group.count) };
+            let key = || format!("group[{index}].name");
+            let what = if group.count == 1 { "" } else { "with each node's number behind it " };
+            if !is_label(&last) || group.name.is_empty() {
+                return Err(ConfigError::value(key(), format!("{:?}", group.name), format!("{what}a host name: {LABEL}")));
+            }
+            if last.len() > longest {
+                let wanted = format!("{what}at most {longest} characters, so that the VM {}-{last} has {}", self.name, VmId::MAX);
+                return Err(ConfigError::value(key(), format!("{:?}", group.name), wanted));
+            }
+        }
+        self.nodes()
     }
 
     /// Its network as a switch carries it.
@@ -104,7 +143,7 @@ impl EnvironmentSpec {
         Ipv4Addr::from(u32::from(self.network.address) | hosts.saturating_sub(2))
     }
 
-    /// All nodes, in the file's order. Errors: what makes the file wrong.
+    /// All nodes, in the file's order. Errors: what makes the file wrong, but see [`EnvironmentSpec::check`].
     pub fn nodes(&self) -> Result<Vec<Node>, ConfigError> {
         let network = &self.network;
         if !(16..=29).contains(&network.prefix_len) {
@@ -170,5 +209,64 @@ impl EnvironmentSpec {
             return Err(ConfigError::value("group[].role", format!("{heads} head nodes"), "exactly one node with role \"head\""));
         }
         Ok(nodes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALPHA: &str = include_str!("../../../configs/environments/alpha.toml");
+
+    #[test]
+    fn what_no_guest_could_work_with_is_refused_by_key() {
+        let group = |name: &str| ALPHA.replacen("name = \"head\"", &format!("name = {name:?}"), 1);
+        let nodes = |name: &str| ALPHA.replacen("name = \"c\"", &format!("name = {name:?}"), 1);
+        let network = |address: &str| ALPHA.replacen("10.77.0.0", address, 1);
+        let cases = [
+            (group("10"), "key `group[0].name`: got \"10\", want a host name"),
+            (group("-"), "key `group[0].name`: got \"-\", want a host name"),
+            (group(""), "key `group[0].name`: got \"\", want a host name"),
+            (group("localhost"), "key `group[0].name`: got \"localhost\", want a host name"),
+            (group("Head"), "key `group[0].name`: got \"Head\", want a host name"),
+            (group("head.alpha"), "key `group[0].name`: got \"head.alpha\", want a host name"),
+            (group(&"h".repeat(28)), "want at most 27 characters, so that the VM alpha-"),
+            (nodes(""), "key `group[1].name`: got \"\", want with each node's number behind it a host name"),
+            (nodes("1"), "key `group[1].name`: got \"1\", want with each node's number behind it a host name"),
+            (ALPHA.replacen("count = 4", "count = 0", 1), "key `group[1].count`: got 0, want 1 to 200"),
+            (network("127.5.0.0"), "key `network.address`: got 127.5.0.0, which is loopback, want addresses that hosts can have"),
+            (network("224.1.0.0"), "key `network.address`: got 224.1.0.0, which is for multicast"),
+            (network("239.255.255.0"), "key `network.address`: got 239.255.255.0, which is for multicast"),
+            (network("0.7.0.0"), "key `network.address`: got 0.7.0.0, \"this network\""),
+            (network("255.255.255.0"), "key `network.address`: got 255.255.255.0, which is reserved"),
+            (ALPHA.replacen("prefix-len = 24", "prefix-len = 29", 1).replacen("count = 4", "count = 6", 1), "`group[1].count`"),
+            (ALPHA.replacen("\"alpha\"", "\"alpha-\"", 1), "key `name`: got alpha-"),
+        ];
+        for (text, wanted) in cases {
+            assert_ne!(text, ALPHA, "{wanted}");
+            let words =
+                EnvironmentSpec::parse(&text).map(|_| wanted.to_owned() + " was accepted").map_err(|error| error.to_string());
+            assert!(words.as_ref().is_err_and(|words| words.contains(wanted)), "{words:?}");
+        }
+    }
+
+    #[test]
+    fn unusual_names_and_networks_that_work_are_taken() {
+        for (from, to) in
+            [("name = \"head\"", "name = \"1a\""), ("10.77.0.0", "100.64.0.0"), ("10.77.0.0", "169.254.0.0"), ("\"c\"", "\"c-\"")]
+        {
+            let text = ALPHA.replacen(from, to, 1);
+            assert!(EnvironmentSpec::parse(&text).is_ok(), "{to}: {:?}", EnvironmentSpec::parse(&text));
+        }
+    }
+
+    /// A journal of an earlier version may hold it: its VMs must not be lost at the next start.
+    #[test]
+    fn what_was_accepted_once_still_has_its_nodes() {
+        let text = ALPHA.replacen("name = \"head\"", "name = \"10\"", 1).replacen("10.77.0.0", "127.5.0.0", 1);
+        let spec: EnvironmentSpec = from_toml(&text).unwrap();
+
+        assert!(spec.check().is_err());
+        assert_eq!(spec.nodes().unwrap().len(), 5);
     }
 }

@@ -133,6 +133,9 @@ impl SwitchConfig {
         if !(1280..=9216).contains(&config.underlay_mtu) {
             return Err(ConfigError::value("underlay-mtu", config.underlay_mtu, "1280 to 9216"));
         }
+        if config.host.as_str().ends_with('-') {
+            return Err(ConfigError::value("host", &config.host, "a name that ends with a letter or digit"));
+        }
         let mut vnis = BTreeSet::new();
         for (index, network) in config.networks.iter().enumerate() {
             if !vnis.insert(network.vni) {
@@ -213,6 +216,8 @@ mod tests {
             ("# aead = \"none\"", "aead = \"rot13\"", "unknown variant `rot13`"),
             ("# underlay-mtu = 1500", "underlay-mtu = 500", "key `underlay-mtu`: got 500, want 1280 to 9216"),
             ("host = \"h1\"", "hots = \"h1\"", "unknown field `hots`"),
+            ("host = \"h1\"", "host = \"H1.example.org\"", "got name \"H1.example.org\", want 1 to 32 characters"),
+            ("host = \"h1\"", "host = \"h1-\"", "key `host`: got h1-, want a name that ends"),
             ("interface = \"tap42\"", "interface = \"veth42\"", "key `port[1].interface`: got veth42, want"),
             ("# mac = \"52:54:00:00:00:2a\"", "mac = \"53:54:00:00:00:2a\"", "key `port[0].mac`: got 53:54:00:00:00:2a, want"),
             ("interface = \"tap42\"", "interface = \"tap/42\"", "key `port[1].interface`: got tap/42, want 1 to 15 characters"),
