@@ -105,6 +105,15 @@ fn admit(
     if let Some((host, _)) = world.clearing.iter().find(|(_, command)| meets(command)) {
         return Err(format!("{host} is just clearing up what an ended environment has left there; try again in a moment"));
     }
+    // `x` with a group `y-c` and `x-y` with a group `c` both have an `x-y-c`.
+    for node in &nodes {
+        let Some(known) = world.state.vms.get(&node.vm).filter(|known| known.environment != spec.name) else { continue };
+        return Err(format!(
+            "key `name` and `group[].name`: node {} of environment {} would be the VM {}, which environment {} has on {}; \
+             choose another name for one of the two",
+            node.name, spec.name, node.vm, known.environment, known.host
+        ));
+    }
     for node in nodes {
         let Some(host) = world.state.to_stop.get(&node.vm).and_then(|hosts| hosts.first()) else { continue };
         let what = match world.connection(host) {

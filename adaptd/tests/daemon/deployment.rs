@@ -201,6 +201,19 @@ impl Deployment {
         self.ask(AdaptRequest::EnvUp { spec, placement, image: None }).await
     }
 
+    /// Starts one like that of a shipped file, by another name and with a changed text.
+    pub(crate) async fn try_up_as(
+        &self,
+        file: &str,
+        name: &str,
+        change: impl FnOnce(String) -> String,
+    ) -> Result<AdaptReply, String> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/environments/{file}.toml"));
+        let text = std::fs::read_to_string(path).unwrap().replace(&format!("name = {file:?}"), &format!("name = {name:?}"));
+        let spec = violin_common::config::environment::EnvironmentSpec::parse(&change(text)).unwrap();
+        self.ask(AdaptRequest::EnvUp { spec, placement: BTreeMap::new(), image: None }).await
+    }
+
     pub(crate) fn busy(&self, vms: &[&str]) {
         let mut table = self.table.lock().unwrap();
         table.demand.extend(vms.iter().map(|vm| (vm.parse().unwrap(), 0.98)));

@@ -87,6 +87,20 @@ async fn an_environment_that_cannot_start_whole_does_not_start() {
     assert_eq!(deployment.ask_blocking(&AdaptRequest::EnvList), Ok(AdaptReply::Environments(Vec::new())));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_environment_whose_vm_has_the_name_of_another_s_is_refused() {
+    let deployment = Deployment::new("act").await;
+    // Both have an x-y-c1: `x` by its group `y-c`, `x-y` by its group `c`.
+    deployment.try_up_as("alpha", "x", |text| text.replace("name = \"c\"", "name = \"y-c\"")).await.unwrap();
+
+    let words = deployment.try_up_as("beta", "x-y", |text| text).await.unwrap_err();
+
+    assert!(words.contains("node c1 of environment x-y") && words.contains("x-y-c1, which environment x has on h"), "{words}");
+    assert_eq!(deployment.running("x-y-c1").len(), 1);
+    let log = deployment.table.lock().unwrap().log.clone();
+    assert!(log.iter().all(|told| !told.contains(" stop ")), "{log:?}");
+}
+
 /// The first `env up` waits for a guest that does not boot; nobody hears it any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_env_up_that_was_given_up_does_not_end_a_later_environment_of_its_name() {
