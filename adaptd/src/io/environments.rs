@@ -2,9 +2,9 @@
 
 use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
-use crate::io::{clock, keys};
+use crate::io::{clock, ending, keys};
 use crate::place::place;
-use crate::records::{RecordV1, StoredEnvironment};
+use crate::records::{Life, RecordV1, StoredEnvironment};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,7 +85,7 @@ pub async fn up(
     words.say(format!("{why}; ending what was started of {name}"));
     match end(shared, &name, &begun, words).await {
         Ok(()) => Err(format!("{why}; everything started of {name} was ended")),
-        Err(left) => Err(format!("{why}; ending {name} failed too: {left}")),
+        Err(left) => Err(format!("{why}; {left}")),
     }
 }
 
@@ -114,7 +114,7 @@ fn admit(
             node.name, spec.name, node.vm, known.environment, known.host
         ));
     }
-    for node in nodes {
+    for node in nodes.iter().filter(|node| !world.state.vms.contains_key(&node.vm)) {
         let Some(host) = world.state.to_stop.get(&node.vm).and_then(|hosts| hosts.first()) else { continue };
         let what = match world.connection(host) {
             Some(_) => format!("on {host}, which has not stopped it yet; try again in a moment"),
@@ -123,6 +123,7 @@ fn admit(
         return Err(format!("{} of an ended environment may still run {what}", node.vm));
     }
     let vni = spec.network.vni;
+    ending::keeps(world, &spec.name, vni)?;
     let ended = |environment: &EnvironmentId| !world.state.environments.contains_key(environment);
     if let Some(((old, host), _)) = world.state.doors.iter().find(|((old, _), at)| **at == vni && ended(old)) {
         return Err(format!(
@@ -201,7 +202,8 @@ async fn start_all(
     }
 }
 
-/// Ends the environment that has this name now. What is on a host that is away is ended when that host comes back.
+/// Ends the environment that has this name now. Errors: what is left of it, as on a host that is away; it is ended when that host
+/// comes back, and the environment stays on record until then.
 pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> Result<(), String> {
     let begun = {
         let world = shared.world();
@@ -240,28 +242,29 @@ pub async fn end(shared: &Arc<Shared>, name: &EnvironmentId, begun: &str, words:
     let ended = end_alone(shared, name, words).await;
     shared.world().being_ended.remove(name);
     shared.changed();
+    if ended.is_err() {
+        ending::go_on(shared, name, begun);
+    }
     ended
 }
 
 async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> Result<(), String> {
-    let (vms, doors, vni) = {
+    let (all, vms, doors, vni) = {
         let world = shared.world();
         let Some(known) = world.state.environments.get(name) else { return Ok(()) };
+        let all: Vec<VmId> = world.state.vms_of(name).cloned().collect();
         let vni = known.stored.spec.network.vni;
         // On every host where it may run: of a move whose end nobody could tell that is both.
         let owed = world.state.vms_of(name).filter_map(|vm| Some((vm, world.state.to_stop.get(vm)?)));
         let vms: Vec<_> = owed.flat_map(|(vm, hosts)| hosts.iter().map(move |host| (vm.clone(), host.clone()))).collect();
         let doors = world.state.doors.keys().filter(|(environment, _)| environment == name).map(|(_, host)| host.clone());
-        (vms, doors.collect::<Vec<_>>(), vni)
+        (all, vms, doors.collect::<Vec<_>>(), vni)
     };
     for host in doors {
         let close = Command::AccessClose { environment: name.clone() };
         match ask(shared, &host, &close, SHORT, |_, _| {}).await {
             Ok(_) => shared.record(&mut shared.world(), RecordV1::AccessClosed { environment: name.clone(), host })?,
-            Err(error) => words.say(format!(
-                "the access namespace of {name} on {host} was not removed: {error}; it is as soon as its monitor is back, and \
-                 network {vni} is not used anew before that"
-            )),
+            Err(error) => words.say(format!("the access namespace of {name} on {host} was not removed: {error}")),
         }
     }
     let mut stopping = JoinSet::new();
@@ -273,12 +276,9 @@ async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) ->
             stopped.and_then(|_| shared.record(&mut shared.world(), RecordV1::VmStopped { vm, host }))
         });
     }
-    let mut left = Vec::new();
     while let Some(stopped) = stopping.join_next().await {
-        match stopped {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => left.push(error),
-            Err(error) => left.push(error.to_string()),
+        if let Err(error) = stopped.unwrap_or_else(|error| Err(error.to_string())) {
+            words.say(error);
         }
     }
     // Also of those that came meanwhile and were told to stop something.
@@ -288,16 +288,21 @@ async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) ->
             words.say(format!("network {vni} was not removed from {host}: {error}"));
         }
     }
-    for failed in &left {
-        words.say(format!("{failed}; it is stopped as soon as its monitor is back, and none of its name starts before that"));
-    }
     let mut world = shared.world();
-    let vms: Vec<VmId> = world.state.vms_of(name).cloned().collect();
-    shared.record(&mut world, RecordV1::EnvironmentGone(name.clone()))?;
-    for vm in vms {
-        world.seen.remove(&vm);
-        world.observer.forget(&vm);
+    for vm in all {
+        if !world.state.vms.contains_key(&vm) {
+            world.seen.remove(&vm);
+            world.observer.forget(&vm);
+        }
     }
+    if let Some(left) = ending::left(&world, name) {
+        return Err(format!(
+            "environment {name} is not gone yet: {left}. The rest is ended as soon as that can be told; until then {name} is listed \
+             as ending, and its names and network {vni} stay taken. To be done: {}",
+            ending::way_out(&world, name)
+        ));
+    }
+    shared.record(&mut world, RecordV1::EnvironmentGone(name.clone()))?;
     // Before anybody can begin one of this name: that one's key is kept.
     keys::forget(&shared.config.socket, name).map_err(|error| format!("{error:#}"))
 }
@@ -327,6 +332,9 @@ pub async fn access(shared: &Arc<Shared>, name: &EnvironmentId) -> Result<AdaptR
         let Some(known) = world.state.environments.get(name) else {
             return Err(unknown(name, world.state.environments.keys()));
         };
+        if known.life == Life::Ending {
+            return Err(format!("environment {name} is being ended; want one that is up"));
+        }
         let spec = known.stored.spec.clone();
         let open = known.access.clone().filter(|host| world.connection(host).is_some());
         let head = world.state.vms.values().find(|vm| vm.environment == *name && vm.spec.role == Role::Head);

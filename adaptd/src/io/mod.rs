@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod clock;
+pub mod ending;
 pub mod environments;
 pub mod execute;
 pub mod hosts;

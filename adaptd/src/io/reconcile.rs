@@ -7,6 +7,7 @@ use crate::records::{KnownEnvironment, KnownVm, Life, RecordV1, State};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::JoinSet;
 use violin_common::control::monitor::{Answer, Command, VmSeen, VmState};
 use violin_common::{HostId, Instant, VmId, Vni};
 
@@ -250,25 +251,25 @@ pub async fn leftovers(shared: Arc<Shared>) {
         let hosts = |env: &KnownEnvironment| env.stored.placement.values().cloned().collect::<Vec<_>>();
         left.map(|(name, env)| (name.clone(), env.stored.keys.public.clone(), hosts(env))).collect()
     };
+    let mut ends = JoinSet::new();
     for (environment, begun, hosts) in left {
         tracing::info!(%environment, "was half started or half ended when the last manager stopped: ending it");
-        let mut changes = shared.changes.subscribe();
-        let all_there = async {
-            loop {
-                let there = hosts.iter().all(|host| shared.world().connection(host).is_some());
-                if there || changes.changed().await.is_err() {
-                    return;
+        let shared = Arc::clone(&shared);
+        ends.spawn(async move {
+            let mut changes = shared.changes.subscribe();
+            let all_there = async {
+                loop {
+                    let there = hosts.iter().all(|host| shared.world().connection(host).is_some());
+                    if there || changes.changed().await.is_err() {
+                        return;
+                    }
                 }
+            };
+            let _ = tokio::time::timeout(SHORT, all_there).await;
+            if let Err(words) = environments::end(&shared, &environment, &begun, &environments::Words::default()).await {
+                tracing::warn!("{words}");
             }
-        };
-        let _ = tokio::time::timeout(SHORT, all_there).await;
-        // As long as it is there the policy does nothing at all: it must go, however long that takes.
-        while let Err(words) = environments::end(&shared, &environment, &begun, &environments::Words::default()).await {
-            if !shared.world().state.is_begun(&environment, &begun) {
-                break;
-            }
-            tracing::warn!(%environment, "not ended, trying again: {words}");
-            tokio::time::sleep(AGAIN).await;
-        }
+        });
     }
+    while ends.join_next().await.is_some() {}
 }

@@ -51,6 +51,8 @@ pub struct World {
     pub clearing: BTreeMap<HostId, Command>,
     /// Environments that a call is ending.
     pub being_ended: BTreeSet<EnvironmentId>,
+    /// Those of them, by name and public key, of which something is left that a task waits for.
+    pub finishing: BTreeSet<(EnvironmentId, String)>,
     /// What the last cycle refused.
     pub refusals: Vec<Refusal>,
     /// What was last written of that.
@@ -90,6 +92,7 @@ impl Shared {
             comparing: BTreeMap::new(),
             clearing: BTreeMap::new(),
             being_ended: BTreeSet::new(),
+            finishing: BTreeSet::new(),
             refusals: Vec::new(),
             refusals_written: (BTreeSet::new(), Instant(0)),
         };

@@ -2,7 +2,10 @@
 
 mod deployment;
 
+use adaptd::io::journal::Journal;
+use adaptd::records::{Record, RecordV1};
 use deployment::Deployment;
+use violin_common::Instant;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, Event, Mode, Outcome};
 use violin_common::api::switch::SwitchRequest;
 use violin_common::config::environment::EnvironmentSpec;
@@ -449,8 +452,9 @@ async fn a_vm_that_could_not_be_stopped_is_not_started_a_second_time() {
     let mut deployment = Deployment::new("act").await;
     deployment.up("alpha", &[("c1", "h3")]).await;
     deployment.kill_monitor("h3");
-    let down = AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() };
-    deployment.ask(down).await.unwrap();
+    deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+    let words = deployment.ask(down("alpha")).await.unwrap_err();
+    assert!(words.contains("alpha-c1 may still run on h3, whose monitor is away"), "{words}");
     // Also after a restart: it is on record.
     deployment.kill();
     deployment.start();
@@ -461,16 +465,83 @@ async fn a_vm_that_could_not_be_stopped_is_not_started_a_second_time() {
     assert!(words.contains("alpha-c1") && words.contains("h3, whose monitor is away"), "{words}");
     assert_eq!(deployment.running("alpha-c1"), ["h3"]);
     deployment.start_monitor("h3");
-    deployment.until("it is stopped", |deployment| deployment.log().contains("clearing up")).await;
-    deployment.until("it is gone", |deployment| deployment.running("alpha-c1").is_empty()).await;
+    deployment.until("it is stopped", |deployment| deployment.running("alpha-c1").is_empty()).await;
     let removed = |told: &String| told.starts_with("h3 remove network");
     deployment.until("so is its network", |deployment| deployment.table.lock().unwrap().log.iter().any(removed)).await;
-    let mut answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
-    while answer.as_ref().is_err_and(|words| words.contains("try again in a moment")) {
-        answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
-    }
-    assert_eq!(answer, Ok(AdaptReply::Done));
+    deployment.until("it is off the record", |deployment| environments(deployment).is_empty()).await;
+    deployment.up("alpha", &[("c1", "h1")]).await;
     assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+}
+
+fn down(name: &str) -> AdaptRequest {
+    AdaptRequest::EnvDown { environment: name.parse().unwrap() }
+}
+
+/// Environments on record, and their VMs.
+fn environments(deployment: &Deployment) -> Vec<(String, Vec<String>)> {
+    let AdaptReply::Environments(list) = deployment.ask_blocking(&AdaptRequest::EnvList).unwrap() else { panic!() };
+    let vms = |seen: &violin_common::api::adapt::EnvironmentSeen| seen.vms.iter().map(|vm| vm.vm.to_string()).collect();
+    list.iter().map(|seen| (seen.spec.name.to_string(), vms(seen))).collect()
+}
+
+/// Its monitor is dead; its guests and its switch go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_is_free_only_when_nothing_of_it_can_still_run() {
+    for back in [true, false] {
+        let mut deployment = Deployment::new("act").await;
+        deployment.up("alpha", &[("c1", "h3"), ("head", "h2")]).await;
+        deployment.kill_monitor("h3");
+        deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+
+        let words = deployment.ask(down("alpha")).await.unwrap_err();
+
+        assert!(words.contains("alpha-c1 may still run on h3") && words.contains("violin host forget h3"), "{words}");
+        assert_eq!(environments(&deployment), [("alpha".to_owned(), vec!["alpha-c1".to_owned()])]);
+        let refused = deployment.try_up_as("alpha", "gamma", |text| text).await.unwrap_err();
+        assert!(refused.contains("`network.vni`: got 7001, of environment alpha, which is still being ended"), "{refused}");
+        let refused = deployment.try_up("alpha", &[]).await.unwrap_err();
+        assert!(refused.contains("`name`: got alpha, which is still being ended"), "{refused}");
+        assert!(deployment.ask(down("alpha")).await.unwrap_err().contains("alpha-c1 may still run on h3"));
+        // Others are cared for meanwhile.
+        deployment.up("beta", &BETA).await;
+        deployment.busy(&["beta-c1", "beta-c2", "beta-c3", "beta-c4"]);
+        deployment.until("the policy acts", |deployment| !deployment.moved().is_empty()).await;
+
+        if back {
+            deployment.start_monitor("h3");
+        } else {
+            deployment.ask(AdaptRequest::HostForget { host: "h3".parse().unwrap(), vms_are_lost: true }).await.unwrap();
+        }
+
+        deployment.until("it is off the record", |deployment| environments(deployment).len() == 1).await;
+        deployment.try_up_as("alpha", "gamma", |text| text).await.unwrap();
+        assert_eq!(deployment.running("alpha-c1").is_empty(), back);
+    }
+}
+
+/// Managers of earlier versions wrote that an environment is gone as soon as it was to be ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_older_journal_calls_gone_though_it_may_run_keeps_its_name_and_network() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &[("c1", "h3")]).await;
+    deployment.kill_monitor("h3");
+    deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+    deployment.ask(down("alpha")).await.unwrap_err();
+    deployment.kill();
+    {
+        let (mut journal, _) = Journal::open(&deployment.directory.path().join("journal.redb"), Instant(0)).unwrap();
+        journal.append(&Record::V1(RecordV1::EnvironmentGone("alpha".parse().unwrap()))).unwrap();
+    }
+    deployment.start();
+    deployment.until("the others are back", |deployment| deployment.connected() == 2).await;
+
+    let same_name = deployment.try_up("alpha", &[]).await.unwrap_err();
+    let same_network = deployment.try_up_as("alpha", "gamma", |text| text).await.unwrap_err();
+
+    assert!(same_name.contains("alpha-c1 of an ended environment may still run on h3"), "{same_name}");
+    assert!(same_network.contains("`network.vni`: got 7001, in which alpha-c1 of an ended"), "{same_network}");
+    deployment.start_monitor("h3");
+    deployment.until("it is stopped", |deployment| deployment.running("alpha-c1").is_empty()).await;
 }
 
 /// `env down` asks the hosts on record only, and waits for one of them.
@@ -503,20 +574,18 @@ async fn an_access_namespace_that_could_not_be_closed_is_closed_when_its_monitor
     deployment.ask(moved).await.unwrap();
     deployment.kill_monitor("h2");
     deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
-    deployment.ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() }).await.unwrap();
+    let words = deployment.ask(down("alpha")).await.unwrap_err();
+    assert!(words.contains("its access namespace may still be on h2, whose monitor is away"), "{words}");
 
-    let words = deployment.try_up("alpha", &[]).await.unwrap_err();
+    let words = deployment.try_up_as("alpha", "gamma", |text| text).await.unwrap_err();
 
-    assert!(words.contains("network.vni") && words.contains("may still lead on h2"), "{words}");
+    assert!(words.contains("network.vni") && words.contains("may still be on h2"), "{words}");
     deployment.start_monitor("h2");
     deployment
         .until("it is closed", |deployment| deployment.table.lock().unwrap().log.iter().any(|told| told == "h2 close alpha"))
         .await;
-    let mut answer = deployment.try_up("alpha", &[]).await;
-    while answer.as_ref().is_err_and(|words| words.contains("may still lead") || words.contains("try again in a moment")) {
-        answer = deployment.try_up("alpha", &[]).await;
-    }
-    assert_eq!(answer, Ok(AdaptReply::Done));
+    deployment.until("it is off the record", |deployment| environments(deployment).is_empty()).await;
+    deployment.up("alpha", &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
