@@ -2,7 +2,7 @@
 
 use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
-use crate::io::{clock, ending, keys};
+use crate::io::{clock, ending, keys, strays};
 use crate::place::place;
 use crate::records::{Life, RecordV1, StoredEnvironment};
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,13 +15,15 @@ use violin_common::control::monitor::{Answer, Command, ImageDigest, Role, VmSpec
 use violin_common::{EnvironmentId, HostId, VmId};
 
 const SHORT: Duration = Duration::from_secs(60);
+/// Longest wait for hosts to list their VMs before something is started.
+const LISTED: Duration = Duration::from_secs(10);
 
 /// Where progress in words goes: to the log, and to whoever asked.
 #[derive(Debug, Clone, Default)]
 pub struct Words(pub Option<tokio::sync::mpsc::UnboundedSender<String>>);
 
 impl Words {
-    fn say(&self, words: String) {
+    pub(crate) fn say(&self, words: String) {
         tracing::info!("{words}");
         if let Some(asker) = &self.0 {
             let _ = asker.send(words);
@@ -38,6 +40,7 @@ pub async fn up(
     words: &Words,
 ) -> Result<(), String> {
     let name = spec.name.clone();
+    listed(shared).await;
     admit(shared, &shared.world(), &spec, &placement)?;
     let pair = keys::generate(&shared.config.socket, &name).await.map_err(|error| format!("{error:#}"))?;
     // Whoever hangs up does not end this task: an environment of this name may be another one when it goes on.
@@ -89,6 +92,19 @@ pub async fn up(
     }
 }
 
+/// Waits until every host that is connected has said what runs there; those that do not within a time take no VM.
+async fn listed(shared: &Shared) {
+    let mut changes = shared.changes.subscribe();
+    let all = async {
+        while shared.world().hosts.values().any(|known| known.connection.is_some() && !known.listed) {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(LISTED, all).await;
+}
+
 fn admit(
     shared: &Shared,
     world: &World,
@@ -124,6 +140,7 @@ fn admit(
     }
     let vni = spec.network.vni;
     ending::keeps(world, &spec.name, vni)?;
+    strays::keeps(world, &spec.name, vni, &nodes)?;
     let ended = |environment: &EnvironmentId| !world.state.environments.contains_key(environment);
     if let Some(((old, host), _)) = world.state.doors.iter().find(|((old, _), at)| **at == vni && ended(old)) {
         return Err(format!(
@@ -132,7 +149,9 @@ fn admit(
         ));
     }
     let taken = world.state.environments.iter().map(|(name, known)| (name.clone(), known.stored.spec.network.vni)).collect();
-    let snapshot = world.snapshot(clock::now(), &shared.config);
+    let mut snapshot = world.snapshot(clock::now(), &shared.config);
+    // Where anything may run already.
+    snapshot.hosts.retain(|host, _| world.hosts.get(host).is_none_or(|known| known.listed || known.connection.is_none()));
     place(&snapshot, &taken, spec, placement).map_err(|refusal| refusal.to_string())
 }
 
@@ -208,7 +227,9 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
     let begun = {
         let world = shared.world();
         let environments = &world.state.environments;
-        let known = environments.get(name).ok_or_else(|| unknown(name, environments.keys()))?;
+        let known = environments
+            .get(name)
+            .ok_or_else(|| strays::way_out(&world, name).unwrap_or_else(|| unknown(name, environments.keys())))?;
         known.stored.keys.public.clone()
     };
     end(shared, name, &begun, words).await

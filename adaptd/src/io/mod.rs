@@ -14,4 +14,5 @@ pub mod keys;
 pub mod monitors;
 pub mod reconcile;
 pub mod run;
+pub mod strays;
 pub mod world;

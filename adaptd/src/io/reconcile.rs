@@ -2,7 +2,7 @@
 
 use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
-use crate::io::{clock, environments};
+use crate::io::{clock, environments, strays};
 use crate::records::{KnownEnvironment, KnownVm, Life, RecordV1, State};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -79,7 +79,13 @@ async fn compare(shared: &Shared, host: &HostId) {
             return;
         }
     };
-    for command in settle(shared, host, &list) {
+    let (commands, undescribed) = settle(shared, host, &list);
+    strays::describe(shared, host, undescribed).await;
+    if let Some(known) = shared.world().hosts.get_mut(host) {
+        known.listed = true;
+    }
+    shared.changed();
+    for command in commands {
         {
             let mut world = shared.world();
             // It has gone on while the commands before this one were answered.
@@ -141,7 +147,8 @@ fn note_done(shared: &Shared, host: &HostId, command: &Command) {
     }
 }
 
-fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
+/// What is to be cleared up, and VMs of which nothing is known.
+fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> (Vec<Command>, Vec<VmId>) {
     let mut world = shared.world();
     let now = clock::now();
     // Also those not listed: one may be about to start.
@@ -173,8 +180,6 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
             if let Some(vni) = world.state.ended.get(vm) {
                 networks.insert(*vni);
                 commands.push(Command::Stop { vm: vm.clone() });
-            } else {
-                tracing::warn!(%host, %vm, "runs there, but this journal knows no such VM; left alone");
             }
             continue;
         };
@@ -232,7 +237,8 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
         world.seen.insert(vm, (host.clone(), VmState::Stopped));
     }
     commands.extend(networks.into_iter().map(|vni| Command::NetworkRemove { vni }));
-    commands
+    let undescribed = strays::note(&mut world, host, list);
+    (commands, undescribed)
 }
 
 /// Whether a VM is known to run on the host that the journal has it on.
