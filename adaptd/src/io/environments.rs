@@ -66,6 +66,7 @@ pub async fn up(
             shared.record(&mut world, RecordV1::VmStarts { vm: spec.vm.clone(), epoch })?;
             world.seen.remove(&spec.vm);
             world.observer.forget(&spec.vm);
+            world.starting.insert(spec.vm.clone());
             let image_sources = world.image_sources(spec.image.as_ref(), &host);
             starts.push((host, Command::Start { spec, epoch, image_sources }));
         }
@@ -155,6 +156,15 @@ fn admit(
     place(&snapshot, &taken, spec, placement).map_err(|refusal| refusal.to_string())
 }
 
+/// A VM that a monitor is being told to start, until it has answered or nobody waits for that any more.
+struct Asked(Arc<Shared>, VmId);
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.0.world().starting.remove(&self.1);
+    }
+}
+
 async fn start_all(
     shared: &Arc<Shared>,
     name: &EnvironmentId,
@@ -171,13 +181,14 @@ async fn start_all(
         let (vm, image) = (spec.vm.clone(), spec.image.clone());
         words.say(format!("{vm} starts on {host}"));
         waiting.insert(vm.clone());
-        let (shared, told) = (Arc::clone(shared), told.clone());
+        let (asked, shared, told) = (Asked(Arc::clone(shared), vm.clone()), Arc::clone(shared), told.clone());
         starting.spawn(async move {
             let limit = shared.config.ready_timeout.0;
             let answer = ask(&shared, &host, &command, limit, |_, doing| {
                 let _ = told.send(format!("{vm} on {host}: {doing}"));
             })
             .await;
+            drop(asked);
             match answer {
                 Ok(Answer::Done) => {
                     shared.world().has_image(image.as_ref(), &host);

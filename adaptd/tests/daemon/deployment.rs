@@ -118,6 +118,17 @@ impl Deployment {
         }
     }
 
+    /// Starts the manager anew with another setting.
+    pub(crate) async fn with_setting(&mut self, was: &str, now: &str) {
+        self.kill();
+        let path = self.directory.path().join("adaptd.toml");
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(was), "{text}");
+        std::fs::write(&path, text.replace(was, now)).unwrap();
+        self.start();
+        self.until("all are back", |deployment| deployment.connected() == 3).await;
+    }
+
     pub(crate) fn journal(&self) -> PathBuf {
         self.directory.path().join("journal.redb")
     }

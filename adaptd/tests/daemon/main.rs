@@ -652,6 +652,31 @@ async fn a_host_takes_no_vm_for_which_it_has_no_memory_really_free() {
     assert!(words.contains("h3 would hold 256 MiB of 255 MiB"), "{words}");
 }
 
+/// Observations come once a period: those held back here are of before the end of the VMs.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_an_ended_environment_had_is_free_at_once() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.with_setting("max-age = \"3s\"", "max-age = \"600s\"").await;
+    let hosts: Vec<violin_common::HostId> = ["h1", "h2", "h3"].map(|host| host.parse().unwrap()).to_vec();
+    let full = |deployment: &Deployment, free: Option<u64>| match deployment.ask_blocking(&AdaptRequest::HostList) {
+        Ok(AdaptReply::Hosts(seen)) => seen.iter().all(|host| host.memory_free_mib == free),
+        _ => false,
+    };
+    deployment.up("alpha", &ALPHA).await;
+    deployment.table.lock().unwrap().memory_free_mib.extend(hosts.iter().map(|host| (host.clone(), 100)));
+    deployment.until("all are full", |deployment| full(deployment, Some(100))).await;
+    deployment.table.lock().unwrap().mute.extend(hosts);
+    deployment.ask(down("alpha")).await.unwrap();
+
+    let text = std::fs::read_to_string(format!("{}/../configs/environments/alpha.toml", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let spec = EnvironmentSpec::parse(&text).unwrap();
+    let placement = ALPHA.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
+    let asking = deployment.spawn_ask(AdaptRequest::EnvUp { spec, placement, image: None });
+
+    let answer = asking.await.unwrap();
+    assert!(matches!(&answer, Ok(AdaptReply::Progress(words)) if words.contains("starts on")), "{answer:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn demand_that_is_no_longer_observed_is_not_believed() {
     let deployment = crowded("dry-run").await;
