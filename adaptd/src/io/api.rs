@@ -2,11 +2,12 @@
 
 use crate::cycle::decide;
 use crate::explain;
-use crate::io::environments::{Words, access, down, unknown, up};
+use crate::io::environments::{access, down, unknown, up};
 use crate::io::monitors::ask;
+use crate::io::progress::Words;
 use crate::io::run::stamp;
 use crate::io::world::Shared;
-use crate::io::{clock, execute, hosts};
+use crate::io::{clock, execute, hosts, progress};
 use crate::model::{Snapshot, Standing};
 use crate::plan::Origin;
 use crate::policy::{Move, Proposal, violin};
@@ -19,7 +20,7 @@ use tokio::task::JoinHandle;
 use violin_channel::local::Sink;
 use violin_common::VmId;
 use violin_common::api::Response;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, AdaptStatus, Condition, EnvironmentSeen, Event, Outcome};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, AdaptStatus, Condition, Event, Outcome};
 use violin_common::control::monitor::{Answer, Command};
 
 /// Answers one request.
@@ -108,14 +109,7 @@ fn at_once(shared: &Shared, request: AdaptRequest) -> Result<AdaptReply, String>
             world.mode = mode;
             AdaptReply::Done
         }
-        AdaptRequest::EnvList => {
-            let list = world.state.environments.iter().map(|(name, known)| EnvironmentSeen {
-                spec: known.stored.spec.clone(),
-                home: known.stored.home.clone(),
-                vms: world.list_vms(now, &shared.config, Some(name)),
-            });
-            AdaptReply::Environments(list.collect())
-        }
+        AdaptRequest::EnvList => AdaptReply::Environments(progress::list(shared, &world, now)),
         AdaptRequest::HostList => AdaptReply::Hosts(world.list_hosts(now, &shared.config)),
         AdaptRequest::HostDrain { host } => hosts::drain(shared, &mut world, &host, true)?,
         AdaptRequest::HostUndrain { host } => hosts::drain(shared, &mut world, &host, false)?,
@@ -165,7 +159,7 @@ fn words_to(sink: &Sink<AdaptReply>) -> (Words, JoinHandle<()>) {
             }
         }
     });
-    (Words(Some(told)), telling)
+    (Words::to(told), telling)
 }
 
 /// The last answer comes after all progress.

@@ -1,6 +1,7 @@
 //! Environments: up as one unit or not at all, down, and the door into one.
 
 use crate::io::monitors::ask;
+use crate::io::progress::Words;
 use crate::io::world::{Shared, World};
 use crate::io::{clock, keys};
 use crate::place::place;
@@ -16,19 +17,6 @@ use violin_common::{EnvironmentId, HostId, VmId};
 
 const SHORT: Duration = Duration::from_secs(60);
 
-/// Where progress in words goes: to the log, and to whoever asked.
-#[derive(Debug, Clone, Default)]
-pub struct Words(pub Option<tokio::sync::mpsc::UnboundedSender<String>>);
-
-impl Words {
-    fn say(&self, words: String) {
-        tracing::info!("{words}");
-        if let Some(asker) = &self.0 {
-            let _ = asker.send(words);
-        }
-    }
-}
-
 /// Starts an environment; undone as a whole if any VM is not ready in time.
 pub async fn up(
     shared: &Arc<Shared>,
@@ -39,6 +27,7 @@ pub async fn up(
 ) -> Result<(), String> {
     let name = spec.name.clone();
     admit(shared, &shared.world(), &spec, &placement)?;
+    let words = &words.about(shared, &name, "its key pair is being made".into());
     let pair = keys::generate(&shared.config.socket, &name).await.map_err(|error| format!("{error:#}"))?;
     // Whoever hangs up does not end this task: an environment of this name may be another one when it goes on.
     let begun = pair.public.clone();
@@ -228,7 +217,8 @@ pub async fn end(shared: &Arc<Shared>, name: &EnvironmentId, begun: &str, words:
         }
         let _ = tokio::time::timeout(Duration::from_millis(500), changes.changed()).await;
     }
-    let ended = end_alone(shared, name, words).await;
+    let words = words.about(shared, name, "its VMs are being stopped".into());
+    let ended = end_alone(shared, name, &words).await;
     shared.world().being_ended.remove(name);
     shared.changed();
     ended

@@ -1,6 +1,7 @@
 //! After a HELLO: what runs there and what the journal says are brought together. No VM runs twice, none is left behind.
 
 use crate::io::monitors::ask;
+use crate::io::progress::Words;
 use crate::io::world::{Shared, World};
 use crate::io::{clock, environments};
 use crate::records::{KnownEnvironment, KnownVm, Life, RecordV1, State};
@@ -263,7 +264,7 @@ pub async fn leftovers(shared: Arc<Shared>) {
         };
         let _ = tokio::time::timeout(SHORT, all_there).await;
         // As long as it is there the policy does nothing at all: it must go, however long that takes.
-        while let Err(words) = environments::end(&shared, &environment, &begun, &environments::Words::default()).await {
+        while let Err(words) = environments::end(&shared, &environment, &begun, &Words::default()).await {
             if !shared.world().state.is_begun(&environment, &begun) {
                 break;
             }

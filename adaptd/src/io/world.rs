@@ -2,6 +2,7 @@
 
 use crate::cycle::Settling;
 use crate::io::journal::Journal;
+use crate::io::progress::Progress;
 use crate::model::{Doing, Environment, Failed, Host, Snapshot, Standing, Vm};
 use crate::observe::Observer;
 use crate::policy::Refusal;
@@ -63,6 +64,8 @@ pub struct Shared {
     /// Settings.
     pub config: AdaptConfig,
     world: Mutex<World>,
+    /// What was last said of each environment that comes or goes.
+    pub progress: Progress,
     /// What watchers are told.
     pub events: broadcast::Sender<Event>,
     /// VMs whose moves an operator wants given up; heard by whatever carries plans out.
@@ -95,7 +98,7 @@ impl Shared {
         };
         let (events, changes, fatal) = (broadcast::channel(1024).0, watch::channel(0).0, watch::channel(None).0);
         let (give_up, ending) = (broadcast::channel(64).0, watch::channel(false).0);
-        Self { config, world: Mutex::new(world), events, give_up, changes, fatal, ending }
+        Self { config, world: Mutex::new(world), progress: Progress::default(), events, give_up, changes, fatal, ending }
     }
 
     /// Takes the lock. A task that died with it left whole records behind, so what it knew still holds.

@@ -195,10 +195,16 @@ impl Deployment {
 
     /// The same, where it may be refused.
     pub(crate) async fn try_up(&self, name: &str, placement: &[(&str, &str)]) -> Result<AdaptReply, String> {
+        self.ask(self.env_up(name, placement)).await
+    }
+
+    /// What asks for that.
+    #[allow(clippy::unused_self)] // Reads as what it belongs to.
+    pub(crate) fn env_up(&self, name: &str, placement: &[(&str, &str)]) -> AdaptRequest {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/environments/{name}.toml"));
         let spec = violin_common::config::environment::EnvironmentSpec::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
         let placement = placement.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
-        self.ask(AdaptRequest::EnvUp { spec, placement, image: None }).await
+        AdaptRequest::EnvUp { spec, placement, image: None }
     }
 
     pub(crate) fn busy(&self, vms: &[&str]) {

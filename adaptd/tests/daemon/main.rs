@@ -774,3 +774,40 @@ async fn a_forgotten_host_that_comes_back_runs_nothing_a_second_time() {
     assert!(!deployment.log().contains("taking note"), "{}", deployment.log());
     assert!(ALPHA.iter().all(|(node, _)| deployment.running(&format!("alpha-{node}")).len() == 1));
 }
+
+fn of_environment(deployment: &Deployment, name: &str) -> Option<violin_common::api::adapt::EnvironmentSeen> {
+    match deployment.ask_blocking(&AdaptRequest::EnvList) {
+        Ok(AdaptReply::Environments(list)) => list.into_iter().find(|seen| seen.spec.name.as_str() == name),
+        _ => None,
+    }
+}
+
+/// Whoever asked for it has hung up, as an interrupted `violin env up` or `down` does.
+#[tokio::test(flavor = "multi_thread")]
+async fn how_far_an_environment_is_that_comes_or_goes_is_listed_for_everybody() {
+    use violin_common::api::adapt::EnvironmentLife;
+    let deployment = Deployment::new("act").await;
+    let told = |deployment: &Deployment, life: EnvironmentLife, words: &str| {
+        of_environment(deployment, "alpha").is_some_and(|seen| {
+            seen.life == life && seen.progress.is_some_and(|told| told.starts_with(words)) && seen.progress_s.is_some()
+        })
+    };
+    deployment.hold("h2", "start");
+    // Hangs up after the first line.
+    deployment.spawn_ask(deployment.env_up("alpha", &ALPHA)).await.unwrap().unwrap();
+
+    deployment.until("it is told", |deployment| told(deployment, EnvironmentLife::Starting, "3 of 5 VMs run")).await;
+    deployment.release();
+    let ready =
+        |deployment: &Deployment| of_environment(deployment, "alpha").is_some_and(|seen| seen.life == EnvironmentLife::Ready);
+    deployment.until("it is up", ready).await;
+    deployment.until("nothing is under way", |deployment| of_environment(deployment, "alpha").unwrap().progress.is_none()).await;
+
+    deployment.hold("h1", "stop");
+    let down = deployment.spawn_ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() });
+    deployment.until_reached("h1", "stop").await;
+    down.abort();
+    deployment.until("it is told", |deployment| told(deployment, EnvironmentLife::Ending, "2 of 5 VMs are stopped")).await;
+    deployment.release();
+    deployment.until("it is gone", |deployment| of_environment(deployment, "alpha").is_none()).await;
+}

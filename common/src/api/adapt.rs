@@ -251,6 +251,29 @@ pub struct VmListed {
     pub moving_to: Option<HostId>,
 }
 
+/// How far an environment is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EnvironmentLife {
+    /// Its VMs are being started.
+    Starting,
+    /// It is up.
+    #[default]
+    Ready,
+    /// It is being ended; some of its VMs may still run.
+    Ending,
+}
+
+impl std::fmt::Display for EnvironmentLife {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Ending => "ending",
+        })
+    }
+}
+
 /// An environment as listed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -259,6 +282,15 @@ pub struct EnvironmentSeen {
     pub spec: EnvironmentSpec,
     /// Home domain: where its head node stays.
     pub home: DomainId,
+    /// How far it is.
+    #[serde(default)]
+    pub life: EnvironmentLife,
+    /// How far its start or end is, and what was last said of that, in words; none: nothing is under way.
+    #[serde(default)]
+    pub progress: Option<String>,
+    /// Seconds since that began, or since this manager took it up.
+    #[serde(default)]
+    pub progress_s: Option<f64>,
     /// Its VMs.
     pub vms: Vec<VmListed>,
 }
