@@ -4,7 +4,7 @@ mod fake;
 
 use fake::{Manager, alpha, said};
 use violin_common::api::Response;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, HostSeen, VmListed};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, EnvironmentLife, EnvironmentSeen, HostSeen, VmListed};
 use violin_common::api::switch::{Counter, SwitchReply};
 
 #[test]
@@ -83,4 +83,24 @@ fn what_is_not_known_at_present_is_not_shown_as_it_was() {
     let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
     let known = (&json[0]["state"], &json[0]["last-state"], &json[0]["seen-s"], &json[0]["run"]);
     assert_eq!(known, (&"unknown".into(), &"running".into(), &8.2.into(), &serde_json::Value::Null));
+}
+
+#[test]
+fn how_far_an_environment_is_is_shown() {
+    let manager = Manager::new(|request| match request {
+        AdaptRequest::EnvList => {
+            let progress = Some("3 of 5 VMs run; alpha-c4 starts on h2".to_owned());
+            let (life, progress_s) = (EnvironmentLife::Starting, Some(12.3));
+            Response::Ok(AdaptReply::Environments(vec![EnvironmentSeen { life, progress, progress_s, ..alpha() }, alpha()]))
+        }
+        other => Response::Error(format!("got {other:?}")),
+    });
+
+    for words in [&["env", "status"][..], &["env", "list"]] {
+        let output = manager.violin(words).output().unwrap();
+
+        let text = String::from_utf8(output.stdout).unwrap();
+        let told: Vec<_> = text.lines().filter(|line| line.contains("VMs run") || line.starts_with("ready")).collect();
+        assert_eq!(told, ["starting for 12 s: 3 of 5 VMs run; alpha-c4 starts on h2"], "{text}");
+    }
 }

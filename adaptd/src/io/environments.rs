@@ -3,9 +3,9 @@
 use crate::io::monitors::ask;
 use crate::io::progress::Words;
 use crate::io::world::{Shared, World};
-use crate::io::{clock, keys};
+use crate::io::{clock, keys, progress};
 use crate::place::place;
-use crate::records::{RecordV1, StoredEnvironment};
+use crate::records::{Life, RecordV1, StoredEnvironment};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +17,15 @@ use violin_common::{EnvironmentId, HostId, VmId};
 
 const SHORT: Duration = Duration::from_secs(60);
 
+/// A name taken by the call that is about to start an environment, until it is recorded or refused.
+struct Taken<'a>(&'a Shared, &'a EnvironmentId);
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.0.world().being_begun.remove(self.1);
+    }
+}
+
 /// Starts an environment; undone as a whole if any VM is not ready in time.
 pub async fn up(
     shared: &Arc<Shared>,
@@ -26,7 +35,14 @@ pub async fn up(
     words: &Words,
 ) -> Result<(), String> {
     let name = spec.name.clone();
-    admit(shared, &shared.world(), &spec, &placement)?;
+    {
+        let mut world = shared.world();
+        admit(shared, &world, &spec, &placement)?;
+        if !world.being_begun.insert(name.clone()) {
+            return Err(being_started(&name, None));
+        }
+    }
+    let taken = Taken(shared, &name);
     let words = &words.about(shared, &name, "its key pair is being made".into());
     let pair = keys::generate(&shared.config.socket, &name).await.map_err(|error| format!("{error:#}"))?;
     // Whoever hangs up does not end this task: an environment of this name may be another one when it goes on.
@@ -57,6 +73,7 @@ pub async fn up(
         }
         starts
     };
+    drop(taken);
     let started = start_all(shared, &name, &begun, starts, words).await;
     {
         let mut world = shared.world();
@@ -78,6 +95,15 @@ pub async fn up(
     }
 }
 
+/// What another call for an environment of the same name is told.
+fn being_started(name: &EnvironmentId, progress: Option<String>) -> String {
+    let progress = progress.map_or_else(String::new, |progress| format!(" ({progress})"));
+    format!(
+        "environment {name} is being started by another call{progress}; `violin env status {name}` shows how far it is, \
+         `violin env down {name}` gives it up"
+    )
+}
+
 fn admit(
     shared: &Shared,
     world: &World,
@@ -85,6 +111,14 @@ fn admit(
     placement: &BTreeMap<String, HostId>,
 ) -> Result<crate::place::Placed, String> {
     let nodes = spec.check().map_err(|error| error.to_string())?;
+    match world.state.environments.get(&spec.name).map(|known| known.life) {
+        Some(Life::Starting) => return Err(being_started(&spec.name, progress::of(shared, world, &spec.name))),
+        Some(Life::Ending) => {
+            let progress = progress::of(shared, world, &spec.name).map_or_else(String::new, |progress| format!(" ({progress})"));
+            return Err(format!("environment {} is being ended{progress}; try again when it is gone", spec.name));
+        }
+        Some(Life::Up) | None => {}
+    }
     let meets = |command: &Command| match command {
         Command::Stop { vm } | Command::CancelIncoming { vm } => nodes.iter().any(|node| node.vm == *vm),
         Command::AccessClose { environment } => *environment == spec.name,
@@ -196,6 +230,14 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
 /// that another call is ending is waited for: a command of the slower of the two could meet a VM started anew.
 pub async fn end(shared: &Arc<Shared>, name: &EnvironmentId, begun: &str, words: &Words) -> Result<(), String> {
     let mut changes = shared.changes.subscribe();
+    let moves = {
+        let world = shared.world();
+        !world.state.unfinished.is_empty() && !world.being_ended.contains(name)
+    };
+    let waiting = moves.then(|| words.about(shared, name, String::new()));
+    if let Some(waiting) = &waiting {
+        waiting.say(format!("{name} is ended as soon as the moves under way have ended (`violin vm list` shows them)"));
+    }
     loop {
         quiet(shared).await?;
         {

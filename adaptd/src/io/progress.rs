@@ -91,28 +91,28 @@ impl Words {
 
 /// Environments as listed.
 pub fn list(shared: &Shared, world: &World, now: Instant) -> Vec<EnvironmentSeen> {
-    let list = world.state.environments.iter().map(|(name, known)| {
-        let said = shared.progress.of(name);
-        let count = counted(world, name, known);
-        let progress = match (count, said.as_ref()) {
-            (Some(count), Some((_, last))) => Some(format!("{count}; {last}")),
-            (Some(count), None) => Some(count),
-            (None, said) => said.map(|(_, last)| last.clone()),
-        };
-        EnvironmentSeen {
-            spec: known.stored.spec.clone(),
-            home: known.stored.home.clone(),
-            life: match known.life {
-                Life::Starting => EnvironmentLife::Starting,
-                Life::Up => EnvironmentLife::Ready,
-                Life::Ending => EnvironmentLife::Ending,
-            },
-            progress,
-            progress_s: said.map(|(since, _)| now.since(since).as_secs_f64()),
-            vms: world.list_vms(now, &shared.config, Some(name)),
-        }
+    let list = world.state.environments.iter().map(|(name, known)| EnvironmentSeen {
+        spec: known.stored.spec.clone(),
+        home: known.stored.home.clone(),
+        life: match known.life {
+            Life::Starting => EnvironmentLife::Starting,
+            Life::Up => EnvironmentLife::Ready,
+            Life::Ending => EnvironmentLife::Ending,
+        },
+        progress: of(shared, world, name),
+        progress_s: shared.progress.of(name).map(|(since, _)| now.since(since).as_secs_f64()),
+        vms: world.list_vms(now, &shared.config, Some(name)),
     });
     list.collect()
+}
+
+/// How far an environment is that comes or goes; none: nothing is under way.
+pub fn of(shared: &Shared, world: &World, name: &EnvironmentId) -> Option<String> {
+    let count = world.state.environments.get(name).and_then(|known| counted(world, name, known));
+    match (count, shared.progress.of(name)) {
+        (Some(count), Some((_, last))) => Some(format!("{count}; {last}")),
+        (count, said) => count.or_else(|| said.map(|(_, last)| last)),
+    }
 }
 
 /// How many of its VMs are where they are to be; none: nothing is under way.

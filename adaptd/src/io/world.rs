@@ -52,6 +52,10 @@ pub struct World {
     pub clearing: BTreeMap<HostId, Command>,
     /// Environments that a call is ending.
     pub being_ended: BTreeSet<EnvironmentId>,
+    /// Environments that a call is about to record: their key pairs are being made.
+    pub being_begun: BTreeSet<EnvironmentId>,
+    /// Moves that an operator wants given up, by number; also of some that have ended since.
+    pub giving_up: BTreeSet<u64>,
     /// What the last cycle refused.
     pub refusals: Vec<Refusal>,
     /// What was last written of that.
@@ -93,6 +97,8 @@ impl Shared {
             comparing: BTreeMap::new(),
             clearing: BTreeMap::new(),
             being_ended: BTreeSet::new(),
+            being_begun: BTreeSet::new(),
+            giving_up: BTreeSet::new(),
             refusals: Vec::new(),
             refusals_written: (BTreeSet::new(), Instant(0)),
         };
@@ -330,6 +336,7 @@ impl World {
                 demand: figures.map(|figures| figures.last.demand),
                 smoothed_demand: figures.map(|figures| figures.demand.so_far()),
                 moving_to: self.state.moving_to(name).cloned(),
+                giving_up: self.state.move_of(name).is_some_and(|moving| self.giving_up.contains(&moving.number)),
             }
         });
         list.collect()

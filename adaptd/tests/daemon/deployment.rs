@@ -39,6 +39,8 @@ pub(crate) struct Table {
     pub(crate) reached: BTreeSet<(String, String)>,
     /// Commands that fail: (host, kind, VM).
     pub(crate) failing: BTreeSet<(String, String, String)>,
+    /// What each VM was told when it started.
+    pub(crate) guest_config: BTreeMap<VmId, String>,
     /// Observations told, by host.
     pub(crate) observed: BTreeMap<HostId, u32>,
     /// Every command seen, as `HOST KIND VM`, `HOST list`, `HOST close ENVIRONMENT` or `HOST remove network VNI`.
@@ -177,14 +179,7 @@ impl Deployment {
 
     /// Asks and skips progress.
     pub(crate) async fn ask(&self, request: AdaptRequest) -> Result<AdaptReply, String> {
-        let mut lines = local::watch::<_, AdaptReply>(&self.socket(), &request).await?;
-        loop {
-            match lines.next().await {
-                Some(Ok(AdaptReply::Progress(_))) => {}
-                Some(answer) => return answer,
-                None => return Err("no answer".into()),
-            }
-        }
+        last_answer(&self.socket(), &request).await
     }
 
     /// Starts an environment from its shipped file.
@@ -283,6 +278,18 @@ impl Deployment {
         let wanted = (host.to_owned(), kind.to_owned());
         self.until(&format!("{kind} reaches {host}"), |deployment| deployment.table.lock().unwrap().reached.contains(&wanted))
             .await;
+    }
+}
+
+/// Asks and skips progress.
+pub(crate) async fn last_answer(socket: &Path, request: &AdaptRequest) -> Result<AdaptReply, String> {
+    let mut lines = local::watch::<_, AdaptReply>(socket, request).await?;
+    loop {
+        match lines.next().await {
+            Some(Ok(AdaptReply::Progress(_))) => {}
+            Some(answer) => return answer,
+            None => return Err("no answer".into()),
+        }
     }
 }
 
@@ -406,7 +413,8 @@ async fn obey(host: &HostId, command: Command, table: &Mutex<Table>) -> Answer {
     let here = table.vms.get_mut(host).unwrap();
     match command {
         Command::Start { spec, .. } => {
-            here.insert(spec.vm, (VmState::Running, false));
+            here.insert(spec.vm.clone(), (VmState::Running, false));
+            table.guest_config.insert(spec.vm, spec.guest_config);
             Answer::Done
         }
         Command::Stop { vm } => {

@@ -811,3 +811,71 @@ async fn how_far_an_environment_is_that_comes_or_goes_is_listed_for_everybody() 
     deployment.release();
     deployment.until("it is gone", |deployment| of_environment(deployment, "alpha").is_none()).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_calls_for_one_environment_one_starts_it_and_the_others_are_told_so() {
+    let deployment = Deployment::new("act").await;
+    // None comes to its end before all have been answered.
+    deployment.hold("h2", "start");
+
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let (socket, request) = (deployment.socket(), deployment.env_up("alpha", &ALPHA));
+        calls.spawn(async move { deployment::last_answer(&socket, &request).await });
+    }
+    let mut refused = Vec::new();
+    while refused.len() < 7 {
+        refused.push(calls.join_next().await.unwrap().unwrap().unwrap_err());
+    }
+    deployment.release();
+
+    assert!(refused.iter().all(|words| words.starts_with("environment alpha is being started by another call")), "{refused:#?}");
+    assert_eq!(calls.join_next().await.unwrap().unwrap(), Ok(AdaptReply::Done));
+    let keys = std::fs::read_dir(deployment.directory.path().join("keys")).unwrap();
+    assert_eq!(keys.map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>(), ["alpha"]);
+    // It can be entered with the key its guests were told.
+    let key = deployment.directory.path().join("keys/alpha");
+    let public = std::process::Command::new("ssh-keygen").arg("-y").arg("-f").arg(key).output().unwrap();
+    let public = String::from_utf8(public.stdout).unwrap();
+    let told = deployment.table.lock().unwrap().guest_config.clone();
+    assert!(told.len() == 5 && told.values().all(|config| config.contains(public.trim())), "{public}\n{told:#?}");
+}
+
+/// Its destination does not answer, or is taking the VM in already.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_to_give_up_a_move_is_answered_while_the_move_waits_for_a_host() {
+    let deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    let vm = || "alpha-c1".parse::<violin_common::VmId>().unwrap();
+    let migrate = AdaptRequest::VmMigrate { vm: vm(), to: "h3".parse().unwrap() };
+    deployment.hold("h3", "prepare");
+    let asking = deployment.spawn_ask(migrate.clone());
+    deployment.until_reached("h3", "prepare").await;
+
+    // For ever held up, if it waited for that host.
+    let answer = deployment.ask(AdaptRequest::VmAbort { vm: vm() });
+    let answer = tokio::time::timeout(std::time::Duration::from_secs(20), answer).await.expect("an answer, h3 held up");
+
+    let Ok(AdaptReply::Migrations(list)) = answer else { panic!("{answer:?}") };
+    assert_eq!(list[0].outcome, Outcome::Running);
+    let listed = deployment.ask_blocking(&AdaptRequest::VmList).unwrap();
+    let AdaptReply::Vms(listed) = listed else { panic!("{listed:?}") };
+    assert!(listed.iter().all(|seen| seen.giving_up == (seen.vm == vm())), "{listed:#?}");
+    let AdaptReply::Words(why) = deployment.ask_blocking(&AdaptRequest::Why { vm: vm() }).unwrap() else { panic!() };
+    assert!(why.contains("is being given up: h3 is preparing for it"), "{why}");
+    deployment.release();
+    let ended = |deployment: &Deployment| deployment.nothing_moves() && deployment.halves().is_empty();
+    deployment.until("it has ended", ended).await;
+    assert!(matches!(&deployment.migrations()[0].outcome, Outcome::Undone(why) if why.contains("given up")));
+    assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+    let _ = asking.await;
+
+    deployment.hold("h3", "finish");
+    let asking = deployment.spawn_ask(migrate);
+    deployment.until_reached("h3", "finish").await;
+    let words = deployment.ask(AdaptRequest::VmAbort { vm: vm() }).await.unwrap_err();
+    assert!(words.contains("too late: alpha-c1 has left h1"), "{words}");
+    deployment.release();
+    deployment.until("it is there", |deployment| deployment.moved() == ["alpha-c1 h1 h3"]).await;
+    let _ = asking.await;
+}

@@ -91,6 +91,7 @@ pub fn alpha() -> EnvironmentSeen {
         demand: Some(0.0),
         smoothed_demand: Some(0.0),
         moving_to: None,
+        giving_up: false,
     };
     EnvironmentSeen {
         vms: spec.nodes().unwrap().iter().map(listed).collect(),

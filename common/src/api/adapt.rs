@@ -80,8 +80,9 @@ pub enum AdaptRequest {
         /// Where to.
         to: HostId,
     },
-    /// Gives up the move of a VM that is under way, then answers [`AdaptReply::Migrations`] with that one as it ended. A gang
-    /// that loses a move this way takes the others back.
+    /// Gives up the move of a VM that is under way. Says at once, as progress, what that waits for, and answers
+    /// [`AdaptReply::Migrations`] with that one: as it ended, or, if that takes longer than a few seconds, as still running.
+    /// A gang that loses a move this way takes the others back.
     VmAbort {
         /// Which.
         vm: VmId,
@@ -249,6 +250,9 @@ pub struct VmListed {
     pub smoothed_demand: Option<f64>,
     /// Where it is moving to.
     pub moving_to: Option<HostId>,
+    /// Whether an operator wants that move given up.
+    #[serde(default)]
+    pub giving_up: bool,
 }
 
 /// How far an environment is.
