@@ -1,8 +1,9 @@
 //! Environments: up as one unit or not at all, down, and the door into one.
 
 use crate::io::monitors::ask;
+use crate::io::progress::Words;
 use crate::io::world::{Shared, World};
-use crate::io::{clock, ending, keys, strays};
+use crate::io::{clock, ending, keys, progress, strays};
 use crate::place::place;
 use crate::records::{Life, RecordV1, StoredEnvironment};
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,16 +19,12 @@ const SHORT: Duration = Duration::from_secs(60);
 /// Longest wait for hosts to list their VMs before something is started.
 const LISTED: Duration = Duration::from_secs(10);
 
-/// Where progress in words goes: to the log, and to whoever asked.
-#[derive(Debug, Clone, Default)]
-pub struct Words(pub Option<tokio::sync::mpsc::UnboundedSender<String>>);
+/// A name taken by the call that is about to start an environment, until it is recorded or refused.
+struct Taken<'a>(&'a Shared, &'a EnvironmentId);
 
-impl Words {
-    pub(crate) fn say(&self, words: String) {
-        tracing::info!("{words}");
-        if let Some(asker) = &self.0 {
-            let _ = asker.send(words);
-        }
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.0.world().being_begun.remove(self.1);
     }
 }
 
@@ -41,7 +38,15 @@ pub async fn up(
 ) -> Result<(), String> {
     let name = spec.name.clone();
     listed(shared).await;
-    admit(shared, &shared.world(), &spec, &placement)?;
+    {
+        let mut world = shared.world();
+        admit(shared, &world, &spec, &placement)?;
+        if !world.being_begun.insert(name.clone()) {
+            return Err(being_started(&name, None));
+        }
+    }
+    let taken = Taken(shared, &name);
+    let words = &words.about(shared, &name, "its key pair is being made".into());
     let pair = keys::generate(&shared.config.socket, &name).await.map_err(|error| format!("{error:#}"))?;
     // Whoever hangs up does not end this task: an environment of this name may be another one when it goes on.
     let begun = pair.public.clone();
@@ -72,6 +77,7 @@ pub async fn up(
         }
         starts
     };
+    drop(taken);
     let started = start_all(shared, &name, &begun, starts, words).await;
     {
         let mut world = shared.world();
@@ -106,6 +112,15 @@ async fn listed(shared: &Shared) {
     let _ = tokio::time::timeout(LISTED, all).await;
 }
 
+/// What another call for an environment of the same name is told.
+fn being_started(name: &EnvironmentId, progress: Option<String>) -> String {
+    let progress = progress.map_or_else(String::new, |progress| format!(" ({progress})"));
+    format!(
+        "environment {name} is being started by another call{progress}; `violin env status {name}` shows how far it is, \
+         `violin env down {name}` gives it up"
+    )
+}
+
 fn admit(
     shared: &Shared,
     world: &World,
@@ -113,6 +128,9 @@ fn admit(
     placement: &BTreeMap<String, HostId>,
 ) -> Result<crate::place::Placed, String> {
     let nodes = spec.check().map_err(|error| error.to_string())?;
+    if world.state.environments.get(&spec.name).is_some_and(|known| known.life == Life::Starting) {
+        return Err(being_started(&spec.name, progress::of(shared, world, &spec.name)));
+    }
     let meets = |command: &Command| match command {
         Command::Stop { vm } | Command::CancelIncoming { vm } => nodes.iter().any(|node| node.vm == *vm),
         Command::AccessClose { environment } => *environment == spec.name,
@@ -250,6 +268,14 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
 /// that another call is ending is waited for: a command of the slower of the two could meet a VM started anew.
 pub async fn end(shared: &Arc<Shared>, name: &EnvironmentId, begun: &str, words: &Words) -> Result<(), String> {
     let mut changes = shared.changes.subscribe();
+    let moves = {
+        let world = shared.world();
+        !world.state.unfinished.is_empty() && !world.being_ended.contains(name)
+    };
+    let waiting = moves.then(|| words.about(shared, name, String::new()));
+    if let Some(waiting) = &waiting {
+        waiting.say(format!("{name} is ended as soon as the moves under way have ended (`violin vm list` shows them)"));
+    }
     loop {
         quiet(shared).await?;
         {
@@ -271,7 +297,8 @@ pub async fn end(shared: &Arc<Shared>, name: &EnvironmentId, begun: &str, words:
         }
         let _ = tokio::time::timeout(Duration::from_millis(500), changes.changed()).await;
     }
-    let ended = end_alone(shared, name, words).await;
+    let words = words.about(shared, name, "its VMs are being stopped".into());
+    let ended = end_alone(shared, name, &words).await;
     shared.world().being_ended.remove(name);
     shared.changed();
     if ended.is_err() {

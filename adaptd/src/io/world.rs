@@ -2,6 +2,7 @@
 
 use crate::cycle::Settling;
 use crate::io::journal::Journal;
+use crate::io::progress::Progress;
 use crate::io::strays::Stray;
 use crate::model::{Doing, Environment, Failed, Host, Snapshot, Standing, Vm};
 use crate::observe::{Held, Observer};
@@ -60,6 +61,10 @@ pub struct World {
     pub being_ended: BTreeSet<EnvironmentId>,
     /// Those of them, by name and public key, of which something is left that a task waits for.
     pub finishing: BTreeSet<(EnvironmentId, String)>,
+    /// Environments that a call is about to record: their key pairs are being made.
+    pub being_begun: BTreeSet<EnvironmentId>,
+    /// Moves that an operator wants given up, by number; also of some that have ended since.
+    pub giving_up: BTreeSet<u64>,
     /// What the last cycle refused.
     pub refusals: Vec<Refusal>,
     /// What was last written of that.
@@ -72,6 +77,8 @@ pub struct Shared {
     /// Settings.
     pub config: AdaptConfig,
     world: Mutex<World>,
+    /// What was last said of each environment that comes or goes.
+    pub progress: Progress,
     /// What watchers are told.
     pub events: broadcast::Sender<Event>,
     /// VMs whose moves an operator wants given up; heard by whatever carries plans out.
@@ -102,12 +109,14 @@ impl Shared {
             clearing: BTreeMap::new(),
             being_ended: BTreeSet::new(),
             finishing: BTreeSet::new(),
+            being_begun: BTreeSet::new(),
+            giving_up: BTreeSet::new(),
             refusals: Vec::new(),
             refusals_written: (BTreeSet::new(), Instant(0)),
         };
         let (events, changes, fatal) = (broadcast::channel(1024).0, watch::channel(0).0, watch::channel(None).0);
         let (give_up, ending) = (broadcast::channel(64).0, watch::channel(false).0);
-        Self { config, world: Mutex::new(world), events, give_up, changes, fatal, ending }
+        Self { config, world: Mutex::new(world), progress: Progress::default(), events, give_up, changes, fatal, ending }
     }
 
     /// Takes the lock. A task that died with it left whole records behind, so what it knew still holds.
@@ -353,6 +362,7 @@ impl World {
                 demand: figures.map(|figures| figures.last.demand),
                 smoothed_demand: figures.map(|figures| figures.demand.so_far()),
                 moving_to: self.state.moving_to(name).cloned(),
+                giving_up: self.state.move_of(name).is_some_and(|moving| self.giving_up.contains(&moving.number)),
             }
         });
         list.collect()

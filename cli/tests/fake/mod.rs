@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use violin_common::api::Response;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, EnvironmentSeen, VmListed};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, EnvironmentLife, EnvironmentSeen, VmListed};
 use violin_common::config::environment::{EnvironmentSpec, Node};
 
 /// Runs what comes behind the address, as a node's shell would. With CUT its input or output ends after so many bytes, as
@@ -91,6 +91,14 @@ pub fn alpha() -> EnvironmentSeen {
         demand: Some(0.0),
         smoothed_demand: Some(0.0),
         moving_to: None,
+        giving_up: false,
     };
-    EnvironmentSeen { vms: spec.nodes().unwrap().iter().map(listed).collect(), home: spec.home.clone().unwrap(), spec }
+    EnvironmentSeen {
+        vms: spec.nodes().unwrap().iter().map(listed).collect(),
+        home: spec.home.clone().unwrap(),
+        life: EnvironmentLife::Ready,
+        progress: None,
+        progress_s: None,
+        spec,
+    }
 }
