@@ -129,6 +129,25 @@ impl Deployment {
         self.until("all are back", |deployment| deployment.connected() == 3).await;
     }
 
+    /// Files of the manager that hold these words, wherever in them, by their paths below its folder.
+    pub(crate) fn files_with(&self, words: &str) -> Vec<String> {
+        fn look(folder: &Path, top: &Path, words: &str, found: &mut Vec<String>) {
+            for path in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+                if path.is_dir() {
+                    look(&path, top, words, found);
+                } else if path.is_file()
+                    && std::fs::read(&path).unwrap().windows(words.len()).any(|window| window == words.as_bytes())
+                {
+                    found.push(path.strip_prefix(top).unwrap().display().to_string());
+                }
+            }
+        }
+        let mut found = Vec::new();
+        look(self.directory.path(), self.directory.path(), words, &mut found);
+        found.sort();
+        found
+    }
+
     pub(crate) fn journal(&self) -> PathBuf {
         self.directory.path().join("journal.redb")
     }

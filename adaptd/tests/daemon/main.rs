@@ -46,15 +46,53 @@ async fn an_environment_comes_up_as_a_whole_and_goes_without_a_trace() {
 
     let key = deployment.directory.path().join("keys/alpha");
     assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
-    assert!(std::fs::read_to_string(&key).unwrap().contains("OPENSSH PRIVATE KEY"));
+    let secret = std::fs::read_to_string(&key).unwrap();
+    assert!(secret.contains("OPENSSH PRIVATE KEY"));
+    let secret = secret.lines().nth(2).unwrap().to_owned();
+    assert_eq!(deployment.files_with(&secret), ["journal.redb.keys/alpha", "keys/alpha"]);
     let AdaptReply::Environments(list) = deployment.ask_blocking(&AdaptRequest::EnvList).unwrap() else { panic!() };
     assert_eq!(list[0].vms.len(), 5);
     let access = deployment.ask(AdaptRequest::Access { environment: "alpha".parse().unwrap() }).await.unwrap();
     assert!(matches!(access, AdaptReply::Access { host, .. } if host == *list[0].vms[4].host.as_ref().unwrap()));
     deployment.ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() }).await.unwrap();
     assert!(deployment.table.lock().unwrap().vms.values().all(std::collections::BTreeMap::is_empty));
-    assert!(!key.exists());
+    // Neither in the journal nor anywhere else, the log included; nor once the next manager has read it.
+    assert_eq!(deployment.files_with(&secret), [""; 0]);
     assert!(deployment.terminate(), "{}", deployment.log());
+    deployment.start();
+    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
+    assert_eq!(deployment.files_with(&secret), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_manager_knows_the_keys_of_its_environments_again() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    let (key, beside) =
+        (deployment.directory.path().join("keys/alpha"), deployment.directory.path().join("journal.redb.keys/alpha"));
+    let secret = std::fs::read(&key).unwrap();
+
+    deployment.kill();
+    std::fs::remove_file(&key).unwrap();
+    deployment.start();
+    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
+
+    assert_eq!(std::fs::read(&key).unwrap(), secret);
+    // What moves is told the same again.
+    deployment.ask(AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h3".parse().unwrap() }).await.unwrap();
+    let specs = deployment.table.lock().unwrap().specs.clone();
+    let told = |vm: &str| {
+        specs[&vm.parse().unwrap()].0.guest_config.lines().find(|line| line.contains("SSH_PRIVATE")).unwrap().to_owned()
+    };
+    assert_eq!(told("alpha-c1"), told("alpha-c2"));
+    // Lost: it says so and what to do, and all else goes on.
+    deployment.kill();
+    std::fs::remove_file(&beside).unwrap();
+    deployment.start();
+    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
+    assert!(deployment.log().contains("the private key of environment alpha is missing: want it in"), "{}", deployment.log());
+    deployment.ask(down("alpha")).await.unwrap();
+    assert!(!key.exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]
