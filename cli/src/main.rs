@@ -53,13 +53,19 @@ enum Command {
     ///
     /// As root, on the machine that both the manager and the environment's head node run on; `cp` and `run` too. Ends with the
     /// command's status, 255 if ssh could not reach the node.
-    #[command(after_help = "Examples: violin ssh alpha\n          violin ssh alpha c1 -- uptime")]
+    ///
+    /// A command of several words is a program and its arguments, each of which arrives as it is; one of a single word is a line
+    /// for the node's shell. It has a terminal there when standard input and output are one here; without, it is ended
+    /// (SIGTERM, after 5 s SIGKILL) when its connection is, as by Ctrl-C.
+    #[command(
+        after_help = "Examples: violin ssh alpha\n          violin ssh alpha c1 -- touch 'a file'\n          violin ssh alpha c1 -- 'cd /tmp && ls | wc -l'"
+    )]
     Ssh {
         /// Environment.
         environment: EnvironmentId,
         /// Node, for example c1 (default: the head node).
         node: Option<String>,
-        /// Command and arguments.
+        /// Program and arguments, or one line for the node's shell.
         #[arg(last = true, value_name = "COMMAND")]
         words: Vec<String>,
     },
@@ -73,13 +79,14 @@ enum Command {
     },
     /// Run an MPI program over an environment's compute nodes, from its head node.
     ///
-    /// The program must be on every node: `violin cp` brings it there. Ends with the status of mpirun.
+    /// The program must be on every node: `violin cp` brings it there. Its arguments arrive as they are. Ends with the status of
+    /// mpirun; Ctrl-C ends all ranks.
     #[command(after_help = "Example: violin run alpha -n 4 --directory /opt/job -- ./hello 100")]
     Run {
         /// Environment.
         environment: EnvironmentId,
-        /// MPI ranks (default: one a vCPU).
-        #[arg(long, short = 'n', value_name = "N")]
+        /// MPI ranks, at most one for each vCPU of the compute nodes (default: so many).
+        #[arg(long, short = 'n', value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
         ranks: Option<u32>,
         /// Directory it runs in, on every node.
         #[arg(long, default_value = "/root", value_name = "PATH")]
