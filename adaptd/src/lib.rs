@@ -11,6 +11,7 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 pub mod act;
+pub mod adopt;
 pub mod check;
 pub mod cycle;
 pub mod explain;

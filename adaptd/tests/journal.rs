@@ -292,3 +292,60 @@ fn the_guest_is_told_all_it_needs() {
         assert!(config.lines().any(|got| got == line), "{line} is not in\n{config}");
     }
 }
+
+fn opened(path: &std::path::Path) -> Result<State, String> {
+    Journal::open(path, Instant(9)).map(|(_, state)| state).map_err(|error| format!("{error:#}"))
+}
+
+#[test]
+fn an_empty_file_is_not_taken_for_a_new_journal() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal.redb");
+    std::fs::write(&path, "").unwrap();
+
+    let words = opened(&path).unwrap_err();
+
+    assert!(words.contains("journal.redb is damaged") && words.contains("0 bytes") && words.contains("env adopt"), "{words}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"", "it is left as it was found");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+}
+
+/// Every one of these is read as it was, or refused with what to do; none ends the process or begins anew.
+#[test]
+fn a_damaged_journal_says_how_to_go_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal.redb");
+    let (mut journal, _) = Journal::open(&path, Instant(1)).unwrap();
+    for record in &story()[1..] {
+        journal.append(&Record::V1(record.clone())).unwrap();
+    }
+    drop(journal);
+    let whole = std::fs::read(&path).unwrap();
+    let mut cases: Vec<(String, Vec<u8>)> = [1, 100, 4096, whole.len() / 2, whole.len() - 4096, whole.len() - 1]
+        .into_iter()
+        .map(|len| (format!("cut to {len} bytes"), whole[..len].to_vec()))
+        .collect();
+    cases.push(("text".into(), b"[journal]\n".repeat(1000)));
+    cases.push(("zeros".into(), vec![0; whole.len()]));
+    let used: Vec<usize> =
+        (0..whole.len()).step_by(512).filter(|at| whole[*at..].iter().take(512).any(|byte| *byte != 0)).collect();
+    for at in used {
+        let mut damaged = whole.clone();
+        damaged[at..(at + 512).min(whole.len())].iter_mut().for_each(|byte| *byte ^= 0xa5);
+        cases.push((format!("bytes from {at} changed"), damaged));
+    }
+
+    let mut refused = 0;
+    for (what, bytes) in &cases {
+        std::fs::write(&path, bytes).unwrap();
+        match opened(&path) {
+            Ok(state) => assert!(state.environments.contains_key(&"alpha".parse().unwrap()), "{what}: it began anew"),
+            Err(words) => {
+                assert!(words.contains("move it away and start adaptd anew"), "{what}: {words}");
+                refused += 1;
+            }
+        }
+    }
+
+    assert!(refused >= 8, "{refused} of {} cases were refused", cases.len());
+}

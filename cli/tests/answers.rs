@@ -4,7 +4,7 @@ mod fake;
 
 use fake::{Manager, alpha, said};
 use violin_common::api::Response;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, HostSeen, VmListed};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, HostSeen, StraySeen, VmListed};
 use violin_common::api::switch::{Counter, SwitchReply};
 
 #[test]
@@ -71,6 +71,7 @@ fn what_is_not_known_at_present_is_not_shown_as_it_was() {
             let never = VmListed { last_state: None, seen_s: None, ..listed.clone() };
             Response::Ok(AdaptReply::Vms(vec![listed, never]))
         }
+        AdaptRequest::StrayList => Response::Ok(AdaptReply::Strays(Vec::new())),
         other => Response::Error(format!("got {other:?}")),
     });
 
@@ -83,4 +84,44 @@ fn what_is_not_known_at_present_is_not_shown_as_it_was() {
     let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
     let known = (&json[0]["state"], &json[0]["last-state"], &json[0]["seen-s"], &json[0]["run"]);
     assert_eq!(known, (&"unknown".into(), &"running".into(), &8.2.into(), &serde_json::Value::Null));
+}
+
+#[test]
+fn strays_are_shown_with_what_can_be_done_about_them() {
+    let stray = |vm: &str, environment: Option<&str>| StraySeen {
+        stray: true,
+        vm: vm.parse().unwrap(),
+        environment: environment.map(|name| name.parse().unwrap()),
+        role: environment.map(|_| violin_common::control::monitor::Role::Head),
+        address: None,
+        vni: None,
+        host: "h1".parse().unwrap(),
+        state: Condition::Running,
+    };
+    let manager = Manager::new(move |request| match request {
+        AdaptRequest::VmList => Response::Ok(AdaptReply::Vms(vec![alpha().vms[0].clone()])),
+        AdaptRequest::EnvList => Response::Ok(AdaptReply::Environments(Vec::new())),
+        AdaptRequest::StrayList => Response::Ok(AdaptReply::Strays(vec![stray("gg-head", Some("gg")), stray("old-c1", None)])),
+        AdaptRequest::EnvDestroy { environment } => Response::Error(format!("{environment}-c1 was not ended on h2")),
+        other => Response::Error(format!("got {other:?}")),
+    });
+    let out = |words: &[&str]| String::from_utf8(manager.violin(words).output().unwrap().stdout).unwrap();
+
+    for words in [&["vm", "list"][..], &["env", "status"]] {
+        let table = out(words);
+        let row = table.lines().find(|line| line.trim_start().starts_with("gg-head")).unwrap_or_else(|| panic!("{table}"));
+        assert!(row.contains("gg") && row.contains("head") && row.contains("h1") && row.contains("running"), "{row}");
+        assert!(table.contains("violin env adopt gg; end it: violin env destroy gg"), "{table}");
+        assert!(table.contains("of old-c1 nobody tells how it was started: end it on h1"), "{table}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&out(&["--json", "vm", "list"])).unwrap();
+    let kinds: Vec<_> = json.as_array().unwrap().iter().map(|vm| (vm["vm"].as_str().unwrap(), &vm["stray"])).collect();
+    let yes = serde_json::Value::Bool(true);
+    assert_eq!(kinds, [("alpha-head", &serde_json::Value::Null), ("gg-head", &yes), ("old-c1", &yes)]);
+    let refused = manager.violin(&["env", "status", "gg"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(said(&refused).contains("environment gg runs, but the manager's journal does not know it"), "{}", said(&refused));
+    let left = manager.violin(&["env", "destroy", "gg"]).output().unwrap();
+    assert_eq!((left.status.code(), String::from_utf8_lossy(&left.stdout).into_owned()), (Some(1), String::new()));
+    assert!(said(&left).contains("gg-c1 was not ended on h2"));
 }

@@ -170,3 +170,17 @@ fn a_vm_whose_move_ended_in_doubt_is_cleared_away_when_it_runs_there() {
     assert!(!host.has_port(&spec));
     assert!(matches!(ask(&monitor, migrate), Answer::Migrated(_)));
 }
+
+/// A manager that has lost its journal asks for it.
+#[test]
+fn a_vm_is_described_as_it_was_started_also_by_the_next_monitor() {
+    let host = Host::new();
+    let spec = host.left_behind(1, Standing::Here, VmState::Running);
+    let monitor = host.monitor();
+
+    let Answer::Described { spec: told, epoch } = ask(&monitor, Command::Describe { vm: spec.vm.clone() }) else { panic!() };
+
+    assert_eq!((*told, epoch.is_some()), (spec, true));
+    let other = ask(&monitor, Command::Describe { vm: "alpha-c9".parse().unwrap() });
+    assert!(matches!(&other, Answer::Failed(words) if words.contains("got VM alpha-c9")), "{other:?}");
+}

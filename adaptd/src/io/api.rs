@@ -6,7 +6,7 @@ use crate::io::environments::{Words, access, down, unknown, up};
 use crate::io::monitors::ask;
 use crate::io::run::stamp;
 use crate::io::world::Shared;
-use crate::io::{clock, execute, hosts};
+use crate::io::{clock, execute, hosts, strays};
 use crate::model::{Snapshot, Standing};
 use crate::plan::Origin;
 use crate::policy::{Move, Proposal, violin};
@@ -34,6 +34,11 @@ pub async fn answer(shared: Arc<Shared>, request: AdaptRequest, sink: Sink<Adapt
         AdaptRequest::EnvDown { environment } => {
             let (words, telling) = words_to(&sink);
             let result = down(&shared, &environment, &words).await;
+            done(result, words, telling).await
+        }
+        AdaptRequest::EnvDestroy { environment } => {
+            let (words, telling) = words_to(&sink);
+            let result = strays::destroy(&shared, &environment, &words).await;
             done(result, words, telling).await
         }
         AdaptRequest::EnvMove { environment, to } => {
@@ -116,6 +121,8 @@ fn at_once(shared: &Shared, request: AdaptRequest) -> Result<AdaptReply, String>
             });
             AdaptReply::Environments(list.collect())
         }
+        AdaptRequest::EnvAdopt { environment } => AdaptReply::Words(strays::adopt(shared, &mut world, &environment)?),
+        AdaptRequest::StrayList => AdaptReply::Strays(strays::list(&world)),
         AdaptRequest::HostList => AdaptReply::Hosts(world.list_hosts(now, &shared.config)),
         AdaptRequest::HostDrain { host } => hosts::drain(shared, &mut world, &host, true)?,
         AdaptRequest::HostUndrain { host } => hosts::drain(shared, &mut world, &host, false)?,

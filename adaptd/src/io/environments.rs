@@ -2,9 +2,9 @@
 
 use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
-use crate::io::{clock, keys};
+use crate::io::{clock, ending, keys, strays};
 use crate::place::place;
-use crate::records::{RecordV1, StoredEnvironment};
+use crate::records::{Life, RecordV1, StoredEnvironment};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,13 +15,15 @@ use violin_common::control::monitor::{Answer, Command, ImageDigest, Role, VmSpec
 use violin_common::{EnvironmentId, HostId, VmId};
 
 const SHORT: Duration = Duration::from_secs(60);
+/// Longest wait for hosts to list their VMs before something is started.
+const LISTED: Duration = Duration::from_secs(10);
 
 /// Where progress in words goes: to the log, and to whoever asked.
 #[derive(Debug, Clone, Default)]
 pub struct Words(pub Option<tokio::sync::mpsc::UnboundedSender<String>>);
 
 impl Words {
-    fn say(&self, words: String) {
+    pub(crate) fn say(&self, words: String) {
         tracing::info!("{words}");
         if let Some(asker) = &self.0 {
             let _ = asker.send(words);
@@ -38,6 +40,7 @@ pub async fn up(
     words: &Words,
 ) -> Result<(), String> {
     let name = spec.name.clone();
+    listed(shared).await;
     admit(shared, &shared.world(), &spec, &placement)?;
     let pair = keys::generate(&shared.config.socket, &name).await.map_err(|error| format!("{error:#}"))?;
     // Whoever hangs up does not end this task: an environment of this name may be another one when it goes on.
@@ -85,8 +88,21 @@ pub async fn up(
     words.say(format!("{why}; ending what was started of {name}"));
     match end(shared, &name, &begun, words).await {
         Ok(()) => Err(format!("{why}; everything started of {name} was ended")),
-        Err(left) => Err(format!("{why}; ending {name} failed too: {left}")),
+        Err(left) => Err(format!("{why}; {left}")),
     }
+}
+
+/// Waits until every host that is connected has said what runs there; those that do not within a time take no VM.
+async fn listed(shared: &Shared) {
+    let mut changes = shared.changes.subscribe();
+    let all = async {
+        while shared.world().hosts.values().any(|known| known.connection.is_some() && !known.listed) {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(LISTED, all).await;
 }
 
 fn admit(
@@ -105,7 +121,16 @@ fn admit(
     if let Some((host, _)) = world.clearing.iter().find(|(_, command)| meets(command)) {
         return Err(format!("{host} is just clearing up what an ended environment has left there; try again in a moment"));
     }
-    for node in nodes {
+    // `x` with a group `y-c` and `x-y` with a group `c` both have an `x-y-c`.
+    for node in &nodes {
+        let Some(known) = world.state.vms.get(&node.vm).filter(|known| known.environment != spec.name) else { continue };
+        return Err(format!(
+            "key `name` and `group[].name`: node {} of environment {} would be the VM {}, which environment {} has on {}; \
+             choose another name for one of the two",
+            node.name, spec.name, node.vm, known.environment, known.host
+        ));
+    }
+    for node in nodes.iter().filter(|node| !world.state.vms.contains_key(&node.vm)) {
         let Some(host) = world.state.to_stop.get(&node.vm).and_then(|hosts| hosts.first()) else { continue };
         let what = match world.connection(host) {
             Some(_) => format!("on {host}, which has not stopped it yet; try again in a moment"),
@@ -114,6 +139,8 @@ fn admit(
         return Err(format!("{} of an ended environment may still run {what}", node.vm));
     }
     let vni = spec.network.vni;
+    ending::keeps(world, &spec.name, vni)?;
+    strays::keeps(world, &spec.name, vni, &nodes)?;
     let ended = |environment: &EnvironmentId| !world.state.environments.contains_key(environment);
     if let Some(((old, host), _)) = world.state.doors.iter().find(|((old, _), at)| **at == vni && ended(old)) {
         return Err(format!(
@@ -122,7 +149,9 @@ fn admit(
         ));
     }
     let taken = world.state.environments.iter().map(|(name, known)| (name.clone(), known.stored.spec.network.vni)).collect();
-    let snapshot = world.snapshot(clock::now(), &shared.config);
+    let mut snapshot = world.snapshot(clock::now(), &shared.config);
+    // Where anything may run already.
+    snapshot.hosts.retain(|host, _| world.hosts.get(host).is_none_or(|known| known.listed || known.connection.is_none()));
     place(&snapshot, &taken, spec, placement).map_err(|refusal| refusal.to_string())
 }
 
@@ -192,12 +221,15 @@ async fn start_all(
     }
 }
 
-/// Ends the environment that has this name now. What is on a host that is away is ended when that host comes back.
+/// Ends the environment that has this name now. Errors: what is left of it, as on a host that is away; it is ended when that host
+/// comes back, and the environment stays on record until then.
 pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> Result<(), String> {
     let begun = {
         let world = shared.world();
         let environments = &world.state.environments;
-        let known = environments.get(name).ok_or_else(|| unknown(name, environments.keys()))?;
+        let known = environments
+            .get(name)
+            .ok_or_else(|| strays::way_out(&world, name).unwrap_or_else(|| unknown(name, environments.keys())))?;
         known.stored.keys.public.clone()
     };
     end(shared, name, &begun, words).await
@@ -231,28 +263,29 @@ pub async fn end(shared: &Arc<Shared>, name: &EnvironmentId, begun: &str, words:
     let ended = end_alone(shared, name, words).await;
     shared.world().being_ended.remove(name);
     shared.changed();
+    if ended.is_err() {
+        ending::go_on(shared, name, begun);
+    }
     ended
 }
 
 async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> Result<(), String> {
-    let (vms, doors, vni) = {
+    let (all, vms, doors, vni) = {
         let world = shared.world();
         let Some(known) = world.state.environments.get(name) else { return Ok(()) };
+        let all: Vec<VmId> = world.state.vms_of(name).cloned().collect();
         let vni = known.stored.spec.network.vni;
         // On every host where it may run: of a move whose end nobody could tell that is both.
         let owed = world.state.vms_of(name).filter_map(|vm| Some((vm, world.state.to_stop.get(vm)?)));
         let vms: Vec<_> = owed.flat_map(|(vm, hosts)| hosts.iter().map(move |host| (vm.clone(), host.clone()))).collect();
         let doors = world.state.doors.keys().filter(|(environment, _)| environment == name).map(|(_, host)| host.clone());
-        (vms, doors.collect::<Vec<_>>(), vni)
+        (all, vms, doors.collect::<Vec<_>>(), vni)
     };
     for host in doors {
         let close = Command::AccessClose { environment: name.clone() };
         match ask(shared, &host, &close, SHORT, |_, _| {}).await {
             Ok(_) => shared.record(&mut shared.world(), RecordV1::AccessClosed { environment: name.clone(), host })?,
-            Err(error) => words.say(format!(
-                "the access namespace of {name} on {host} was not removed: {error}; it is as soon as its monitor is back, and \
-                 network {vni} is not used anew before that"
-            )),
+            Err(error) => words.say(format!("the access namespace of {name} on {host} was not removed: {error}")),
         }
     }
     let mut stopping = JoinSet::new();
@@ -264,12 +297,9 @@ async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) ->
             stopped.and_then(|_| shared.record(&mut shared.world(), RecordV1::VmStopped { vm, host }))
         });
     }
-    let mut left = Vec::new();
     while let Some(stopped) = stopping.join_next().await {
-        match stopped {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => left.push(error),
-            Err(error) => left.push(error.to_string()),
+        if let Err(error) = stopped.unwrap_or_else(|error| Err(error.to_string())) {
+            words.say(error);
         }
     }
     // Also of those that came meanwhile and were told to stop something.
@@ -279,16 +309,21 @@ async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) ->
             words.say(format!("network {vni} was not removed from {host}: {error}"));
         }
     }
-    for failed in &left {
-        words.say(format!("{failed}; it is stopped as soon as its monitor is back, and none of its name starts before that"));
-    }
     let mut world = shared.world();
-    let vms: Vec<VmId> = world.state.vms_of(name).cloned().collect();
-    shared.record(&mut world, RecordV1::EnvironmentGone(name.clone()))?;
-    for vm in vms {
-        world.seen.remove(&vm);
-        world.observer.forget(&vm);
+    for vm in all {
+        if !world.state.vms.contains_key(&vm) {
+            world.seen.remove(&vm);
+            world.observer.forget(&vm);
+        }
     }
+    if let Some(left) = ending::left(&world, name) {
+        return Err(format!(
+            "environment {name} is not gone yet: {left}. The rest is ended as soon as that can be told; until then {name} is listed \
+             as ending, and its names and network {vni} stay taken. To be done: {}",
+            ending::way_out(&world, name)
+        ));
+    }
+    shared.record(&mut world, RecordV1::EnvironmentGone(name.clone()))?;
     // Before anybody can begin one of this name: that one's key is kept.
     keys::forget(&shared.config.socket, name).map_err(|error| format!("{error:#}"))
 }
@@ -318,6 +353,9 @@ pub async fn access(shared: &Arc<Shared>, name: &EnvironmentId) -> Result<AdaptR
         let Some(known) = world.state.environments.get(name) else {
             return Err(unknown(name, world.state.environments.keys()));
         };
+        if known.life == Life::Ending {
+            return Err(format!("environment {name} is being ended; want one that is up"));
+        }
         let spec = known.stored.spec.clone();
         let open = known.access.clone().filter(|host| world.connection(host).is_some());
         let head = world.state.vms.values().find(|vm| vm.environment == *name && vm.spec.role == Role::Head);

@@ -76,6 +76,7 @@ pub fn forget(shared: &Shared, world: &mut World, host: &HostId, vms_are_lost: b
         world.twice.remove(vm);
         world.observer.forget(vm);
     }
+    shared.changed();
     tracing::warn!(%host, ?recorded, "forgotten, as an operator asked");
     let with = if recorded.is_empty() { String::new() } else { format!(", and given up with it: {}", recorded.join(", ")) };
     Ok(AdaptReply::Words(format!("{host} is forgotten{with}")))

@@ -4,8 +4,8 @@
 //! wavers cause one every few seconds. Nothing else grows without an operator or a move.
 
 use crate::records::{KEPT, Record, RecordV1, State};
-use anyhow::{Context, bail};
-use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use anyhow::{Context, anyhow, bail};
+use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use std::collections::VecDeque;
 use std::path::Path;
 use violin_common::Instant;
@@ -15,6 +15,57 @@ const FENCE: TableDefinition<&str, u64> = TableDefinition::new("fence");
 
 /// Most decisions on disk; more than [`KEPT`], so that a restart reads the same state.
 pub const DECISIONS: usize = 10 * KEPT;
+
+/// A record that is whole, but of another form.
+#[derive(Debug, thiserror::Error)]
+#[error("record {0} is of no version this program knows; use the program that wrote it")]
+struct UnknownRecord(u64);
+
+/// What can be done about a journal that says nothing.
+fn unreadable(path: &Path) -> String {
+    let path = path.display();
+    format!(
+        "the journal {path} is damaged, or is none. Restore it from a copy; or move it away and start adaptd anew: the VMs it knew \
+         run on meanwhile, `violin vm list` shows them as strays, and `violin env adopt ENVIRONMENT` takes them up again"
+    )
+}
+
+/// Makes a journal where there is none, whole or not at all: an empty file is what a full disk or a crash has left.
+fn make(path: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
+    std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    match std::fs::metadata(path) {
+        Ok(found) if found.len() == 0 => bail!("got an empty file (0 bytes): {}", unreadable(path)),
+        // It holds the environments' private keys.
+        Ok(_) => return Ok(std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("looking at the journal {}", path.display()));
+        }
+        Err(_) => {}
+    }
+    let making = || format!("making the journal {}", path.display());
+    // Of this process: two may start at once.
+    let new = path.with_added_extension(format!("new-{}", std::process::id()));
+    let _ = std::fs::remove_file(&new);
+    let made = (|| {
+        let file = std::fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&new)?;
+        let database = Database::builder().create_file(file)?;
+        let write = database.begin_write()?;
+        write.open_table(RECORDS)?;
+        write.open_table(FENCE)?;
+        write.commit()?;
+        drop(database);
+        match std::fs::hard_link(&new, path) {
+            // Another one's is there now; whether it is in use is found out by opening it.
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error.into()),
+            _ => anyhow::Ok(std::fs::File::open(folder)?.sync_all()?),
+        }
+    })();
+    let removed = std::fs::remove_file(&new);
+    made.with_context(making)?;
+    removed.with_context(making)
+}
 
 /// An open journal. The database file is locked: a second manager on the same journal cannot start.
 #[derive(Debug)]
@@ -28,33 +79,34 @@ pub struct Journal {
 
 impl Journal {
     /// Opens or makes the file, reads all records, and begins a new generation.
+    ///
+    /// Errors: it cannot be read, and what to do. An empty or damaged one is never taken for a new one: VMs it knew may run.
     pub fn open(path: &Path, now: Instant) -> anyhow::Result<(Self, State)> {
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
-        }
-        {
-            use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-            // It holds the environments' private keys: whoever opened it a moment before it was closed could read on.
-            let open = || std::fs::OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path);
-            let file = open().with_context(|| format!("making the journal {}", path.display()))?;
-            file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
-        }
-        let database = Database::create(path).with_context(|| {
-            format!("opening the journal {} (does another adaptd use it, or is it no journal?)", path.display())
+        make(path)?;
+        // What is not as it should be is an error of the library, or trips one of its assertions.
+        let opened = std::panic::catch_unwind(|| Self::load(path)).unwrap_or_else(|panic| {
+            let said = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+            Err(anyhow!("its pages do not fit together: {}", said.unwrap_or("an assertion failed")))
+        });
+        let (database, mut state, next, decisions) = opened.map_err(|error| match error.downcast_ref() {
+            Some(DatabaseError::DatabaseAlreadyOpen) => {
+                error.context(format!("the journal {} is in use: another adaptd runs with it", path.display()))
+            }
+            _ if error.is::<UnknownRecord>() => error.context(format!("the journal {} cannot be read", path.display())),
+            _ => error.context(unreadable(path)),
         })?;
-        let write = database.begin_write()?;
-        write.open_table(RECORDS)?;
-        write.open_table(FENCE)?;
-        write.commit()?;
-        let (state, next, decisions) = Self::read(&database)?;
-        let mut journal = Self { database, next, generation: state.generation, decisions };
-        let mut state = state;
         let generation = state.generation + 1;
+        let mut journal = Self { database, next, generation, decisions };
         let record = Record::V1(RecordV1::Generation { generation, at: now });
-        journal.generation = generation;
         journal.write(&record, true)?;
         state.apply(&record);
         Ok((journal, state))
+    }
+
+    fn load(path: &Path) -> anyhow::Result<(Database, State, u64, VecDeque<u64>)> {
+        let database = Database::open(path)?;
+        let (state, next, decisions) = Self::read(&database)?;
+        Ok((database, state, next, decisions))
     }
 
     fn read(database: &Database) -> anyhow::Result<(State, u64, VecDeque<u64>)> {
@@ -65,12 +117,7 @@ impl Journal {
         let mut decisions = VecDeque::new();
         for row in table.iter()? {
             let (key, value) = row?;
-            let record: Record = postcard::from_bytes(value.value()).with_context(|| {
-                format!(
-                    "record {} of the journal is of no version this program knows; use the program that wrote it",
-                    key.value()
-                )
-            })?;
+            let record: Record = postcard::from_bytes(value.value()).map_err(|_| UnknownRecord(key.value()))?;
             state.apply(&record);
             next = key.value() + 1;
             if matches!(record, Record::V1(RecordV1::Decided { .. })) {

@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod clock;
+pub mod ending;
 pub mod environments;
 pub mod execute;
 pub mod hosts;
@@ -13,4 +14,5 @@ pub mod keys;
 pub mod monitors;
 pub mod reconcile;
 pub mod run;
+pub mod strays;
 pub mod world;

@@ -2,7 +2,7 @@
 
 use crate::act::AskError;
 use crate::io::world::{KnownHost, Shared};
-use crate::io::{clock, reconcile};
+use crate::io::{clock, reconcile, strays};
 use anyhow::{Context, bail};
 use std::sync::Arc;
 use std::time::Duration;
@@ -89,7 +89,9 @@ fn greet(shared: &Shared, hello: Hello, connection: quinn::Connection) {
     let host = hello.host.clone();
     tracing::info!(%host, domain = %hello.domain, driver = %hello.driver, cores = hello.cores, "monitor connected");
     let mut world = shared.world();
-    let before = world.hosts.insert(host.clone(), KnownHost { hello, connection: Some(connection), compared: clock::now() });
+    let before = world
+        .hosts
+        .insert(host.clone(), KnownHost { hello, connection: Some(connection), compared: clock::now(), listed: false });
     drop(world);
     if let Some(old) = before.and_then(|before| before.connection) {
         old.close(quinn::VarInt::from_u32(0), b"replaced by a newer connection");
@@ -119,7 +121,11 @@ fn take(shared: &Arc<Shared>, host: &HostId, report: Report) {
                 see(&mut world, &sample.vm, sample.state);
             }
             let stray = observation.vms.iter().any(|sample| reconcile::is_stray(&world, host, &sample.vm, sample.state));
-            if (stray || reconcile::is_owed(&world, host)) && reconcile::is_due(&mut world, host, clock::now()) {
+            let unknown = strays::differ(&world, host, observation.vms.iter().map(|sample| &sample.vm));
+            let unlisted = world.hosts.get(host).is_some_and(|known| !known.listed);
+            if (stray || unknown || unlisted || reconcile::is_owed(&world, host))
+                && reconcile::is_due(&mut world, host, clock::now())
+            {
                 tokio::spawn(reconcile::host(Arc::clone(shared), host.clone()));
             }
             for missing in &observation.missing {

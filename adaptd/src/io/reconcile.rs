@@ -2,11 +2,12 @@
 
 use crate::io::monitors::ask;
 use crate::io::world::{Shared, World};
-use crate::io::{clock, environments};
+use crate::io::{clock, environments, strays};
 use crate::records::{KnownEnvironment, KnownVm, Life, RecordV1, State};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::JoinSet;
 use violin_common::control::monitor::{Answer, Command, VmSeen, VmState};
 use violin_common::{HostId, Instant, VmId, Vni};
 
@@ -78,7 +79,13 @@ async fn compare(shared: &Shared, host: &HostId) {
             return;
         }
     };
-    for command in settle(shared, host, &list) {
+    let (commands, undescribed) = settle(shared, host, &list);
+    strays::describe(shared, host, undescribed).await;
+    if let Some(known) = shared.world().hosts.get_mut(host) {
+        known.listed = true;
+    }
+    shared.changed();
+    for command in commands {
         {
             let mut world = shared.world();
             // It has gone on while the commands before this one were answered.
@@ -140,7 +147,8 @@ fn note_done(shared: &Shared, host: &HostId, command: &Command) {
     }
 }
 
-fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
+/// What is to be cleared up, and VMs of which nothing is known.
+fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> (Vec<Command>, Vec<VmId>) {
     let mut world = shared.world();
     let now = clock::now();
     // Also those not listed: one may be about to start.
@@ -172,8 +180,6 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
             if let Some(vni) = world.state.ended.get(vm) {
                 networks.insert(*vni);
                 commands.push(Command::Stop { vm: vm.clone() });
-            } else {
-                tracing::warn!(%host, %vm, "runs there, but this journal knows no such VM; left alone");
             }
             continue;
         };
@@ -231,7 +237,8 @@ fn settle(shared: &Shared, host: &HostId, list: &[VmSeen]) -> Vec<Command> {
         world.seen.insert(vm, (host.clone(), VmState::Stopped));
     }
     commands.extend(networks.into_iter().map(|vni| Command::NetworkRemove { vni }));
-    commands
+    let undescribed = strays::note(&mut world, host, list);
+    (commands, undescribed)
 }
 
 /// Whether a VM is known to run on the host that the journal has it on.
@@ -250,25 +257,25 @@ pub async fn leftovers(shared: Arc<Shared>) {
         let hosts = |env: &KnownEnvironment| env.stored.placement.values().cloned().collect::<Vec<_>>();
         left.map(|(name, env)| (name.clone(), env.stored.keys.public.clone(), hosts(env))).collect()
     };
+    let mut ends = JoinSet::new();
     for (environment, begun, hosts) in left {
         tracing::info!(%environment, "was half started or half ended when the last manager stopped: ending it");
-        let mut changes = shared.changes.subscribe();
-        let all_there = async {
-            loop {
-                let there = hosts.iter().all(|host| shared.world().connection(host).is_some());
-                if there || changes.changed().await.is_err() {
-                    return;
+        let shared = Arc::clone(&shared);
+        ends.spawn(async move {
+            let mut changes = shared.changes.subscribe();
+            let all_there = async {
+                loop {
+                    let there = hosts.iter().all(|host| shared.world().connection(host).is_some());
+                    if there || changes.changed().await.is_err() {
+                        return;
+                    }
                 }
+            };
+            let _ = tokio::time::timeout(SHORT, all_there).await;
+            if let Err(words) = environments::end(&shared, &environment, &begun, &environments::Words::default()).await {
+                tracing::warn!("{words}");
             }
-        };
-        let _ = tokio::time::timeout(SHORT, all_there).await;
-        // As long as it is there the policy does nothing at all: it must go, however long that takes.
-        while let Err(words) = environments::end(&shared, &environment, &begun, &environments::Words::default()).await {
-            if !shared.world().state.is_begun(&environment, &begun) {
-                break;
-            }
-            tracing::warn!(%environment, "not ended, trying again: {words}");
-            tokio::time::sleep(AGAIN).await;
-        }
+        });
     }
+    while ends.join_next().await.is_some() {}
 }

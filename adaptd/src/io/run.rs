@@ -91,7 +91,7 @@ fn once(shared: &Arc<Shared>, world: &mut World, now: Instant) -> Result<(), Str
         return Ok(());
     }
     let snapshot = world.snapshot(now, &shared.config);
-    let busy: Vec<_> = world.state.environments.iter().filter_map(|(name, known)| busy(name, known.life)).collect();
+    let busy: Vec<_> = world.state.environments.iter().filter_map(|(name, known)| busy(world, name, known.life)).collect();
     if !busy.is_empty() {
         world.settling = crate::cycle::Settling::default();
         world.refusals.clone_from(&busy);
@@ -121,11 +121,14 @@ fn once(shared: &Arc<Shared>, world: &mut World, now: Instant) -> Result<(), Str
     }
 }
 
-/// An environment that comes or goes changes the picture: until it is up or gone nothing is decided.
-fn busy(environment: &EnvironmentId, life: Life) -> Option<Refusal> {
+/// An environment that comes or goes changes the picture: until it is up or gone nothing is decided. What one has left on a host
+/// that is away may stay there for days.
+fn busy(world: &World, environment: &EnvironmentId, life: Life) -> Option<Refusal> {
+    let waits = world.finishing.iter().any(|(name, _)| name == environment);
     let doing = match life {
         Life::Up => return None,
         Life::Starting => "started",
+        Life::Ending if waits || !world.being_ended.contains(environment) => return None,
         Life::Ending => "ended",
     };
     Some(Refusal::Busy { environment: environment.clone(), doing })

@@ -2,6 +2,7 @@
 
 use crate::cycle::Settling;
 use crate::io::journal::Journal;
+use crate::io::strays::Stray;
 use crate::model::{Doing, Environment, Failed, Host, Snapshot, Standing, Vm};
 use crate::observe::Observer;
 use crate::policy::Refusal;
@@ -24,6 +25,8 @@ pub struct KnownHost {
     pub connection: Option<quinn::Connection>,
     /// When its VMs were last compared with the journal.
     pub compared: Instant,
+    /// Whether it has listed its VMs since it said that: before, anything may run there.
+    pub listed: bool,
 }
 
 /// Everything the manager knows.
@@ -45,12 +48,16 @@ pub struct World {
     pub seen: BTreeMap<VmId, (HostId, VmState)>,
     /// VMs that run on a second host too, and which that is.
     pub twice: BTreeMap<VmId, HostId>,
+    /// VMs that run on a host and that the journal knows nothing of, as when each host was last asked.
+    pub strays: BTreeMap<HostId, BTreeMap<VmId, Stray>>,
     /// Hosts that are being compared with the journal, and whether they are to be once more afterwards.
     pub comparing: BTreeMap<HostId, bool>,
     /// What each of them is just being told to clear up: nothing that this would meet begins before the answer.
     pub clearing: BTreeMap<HostId, Command>,
     /// Environments that a call is ending.
     pub being_ended: BTreeSet<EnvironmentId>,
+    /// Those of them, by name and public key, of which something is left that a task waits for.
+    pub finishing: BTreeSet<(EnvironmentId, String)>,
     /// What the last cycle refused.
     pub refusals: Vec<Refusal>,
     /// What was last written of that.
@@ -87,9 +94,11 @@ impl Shared {
             hosts: BTreeMap::new(),
             seen: BTreeMap::new(),
             twice: BTreeMap::new(),
+            strays: BTreeMap::new(),
             comparing: BTreeMap::new(),
             clearing: BTreeMap::new(),
             being_ended: BTreeSet::new(),
+            finishing: BTreeSet::new(),
             refusals: Vec::new(),
             refusals_written: (BTreeSet::new(), Instant(0)),
         };

@@ -184,6 +184,12 @@ impl State {
                     hosts.remove(host);
                 }
                 self.to_stop.retain(|_, hosts| !hosts.is_empty());
+                let gone = !self.to_stop.contains_key(vm);
+                let Self { vms, environments, .. } = self;
+                let ending = |name| environments.get(name).is_some_and(|known: &KnownEnvironment| known.life == Life::Ending);
+                if gone && vms.get(vm).is_some_and(|known| ending(&known.environment)) {
+                    vms.remove(vm);
+                }
                 self.abandoned.entry(host.clone()).or_default().vms.remove(vm);
                 self.abandoned.retain(|_, left| *left != Abandoned::default());
             }

@@ -16,9 +16,9 @@ use violin_common::api::adapt::{AdaptReply, AdaptRequest, Migration, Outcome};
 use violin_common::config::Tls;
 use violin_common::control::monitor::{
     Answer, Command, DestinationFigures, Hello, HostSample, Observation, PROTOCOL, Report, SourceFigures, VmSample, VmSeen,
-    VmState,
+    VmSpec, VmState,
 };
-use violin_common::{HostId, Instant, VmId};
+use violin_common::{Epoch, HostId, Instant, VmId};
 
 /// What the table of hypervisors holds.
 #[derive(Debug, Default)]
@@ -39,6 +39,10 @@ pub(crate) struct Table {
     pub(crate) reached: BTreeSet<(String, String)>,
     /// Commands that fail: (host, kind, VM).
     pub(crate) failing: BTreeSet<(String, String, String)>,
+    /// How each VM was last started, and its epoch.
+    pub(crate) specs: BTreeMap<VmId, (VmSpec, Epoch)>,
+    /// Hosts whose monitors do not know of descriptions.
+    pub(crate) old: BTreeSet<HostId>,
     /// Observations told, by host.
     pub(crate) observed: BTreeMap<HostId, u32>,
     /// Every command seen, as `HOST KIND VM`, `HOST list`, `HOST close ENVIRONMENT` or `HOST remove network VNI`.
@@ -112,6 +116,18 @@ impl Deployment {
             Ok(AdaptReply::Hosts(hosts)) => hosts.iter().filter(|host| host.connected && host.age_s.is_some()).count(),
             _ => 0,
         }
+    }
+
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.directory.path().join("journal.redb")
+    }
+
+    /// Kills the manager, takes its journal away and starts it again.
+    pub(crate) async fn lose_the_journal(&mut self) {
+        self.kill();
+        std::fs::remove_file(self.journal()).unwrap();
+        self.start();
+        self.until("all are back", |deployment| deployment.connected() == 3).await;
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -199,6 +215,19 @@ impl Deployment {
         let spec = violin_common::config::environment::EnvironmentSpec::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
         let placement = placement.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
         self.ask(AdaptRequest::EnvUp { spec, placement, image: None }).await
+    }
+
+    /// Starts one like that of a shipped file, by another name and with a changed text.
+    pub(crate) async fn try_up_as(
+        &self,
+        file: &str,
+        name: &str,
+        change: impl FnOnce(String) -> String,
+    ) -> Result<AdaptReply, String> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/environments/{file}.toml"));
+        let text = std::fs::read_to_string(path).unwrap().replace(&format!("name = {file:?}"), &format!("name = {name:?}"));
+        let spec = violin_common::config::environment::EnvironmentSpec::parse(&change(text)).unwrap();
+        self.ask(AdaptRequest::EnvUp { spec, placement: BTreeMap::new(), image: None }).await
     }
 
     pub(crate) fn busy(&self, vms: &[&str]) {
@@ -399,10 +428,15 @@ async fn obey(host: &HostId, command: Command, table: &Mutex<Table>) -> Answer {
     }
     let here = table.vms.get_mut(host).unwrap();
     match command {
-        Command::Start { spec, .. } => {
-            here.insert(spec.vm, (VmState::Running, false));
+        Command::Start { spec, epoch, .. } => {
+            here.insert(spec.vm.clone(), (VmState::Running, false));
+            table.specs.insert(spec.vm.clone(), (spec, epoch));
             Answer::Done
         }
+        Command::Describe { vm } => match table.specs.get(&vm).filter(|_| !table.old.contains(host)) {
+            Some((spec, epoch)) => Answer::Described { spec: Box::new(spec.clone()), epoch: Some(*epoch) },
+            None => Answer::Failed(format!("got VM {vm}, of which this monitor has no record")),
+        },
         Command::Stop { vm } => {
             here.remove(&vm);
             Answer::Done

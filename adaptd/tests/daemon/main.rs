@@ -2,8 +2,11 @@
 
 mod deployment;
 
+use adaptd::io::journal::Journal;
+use adaptd::records::{Record, RecordV1};
 use deployment::Deployment;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Event, Mode, Outcome};
+use violin_common::Instant;
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, Event, Mode, Outcome, StraySeen};
 use violin_common::api::switch::SwitchRequest;
 use violin_common::config::environment::EnvironmentSpec;
 use violin_common::control::monitor::VmState;
@@ -85,6 +88,20 @@ async fn an_environment_that_cannot_start_whole_does_not_start() {
     assert!(words.contains("alpha-c2 was not started on h1: start of alpha-c2 was made to fail"), "{words}");
     assert!(deployment.table.lock().unwrap().vms.values().all(std::collections::BTreeMap::is_empty));
     assert_eq!(deployment.ask_blocking(&AdaptRequest::EnvList), Ok(AdaptReply::Environments(Vec::new())));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_environment_whose_vm_has_the_name_of_another_s_is_refused() {
+    let deployment = Deployment::new("act").await;
+    // Both have an x-y-c1: `x` by its group `y-c`, `x-y` by its group `c`.
+    deployment.try_up_as("alpha", "x", |text| text.replace("name = \"c\"", "name = \"y-c\"")).await.unwrap();
+
+    let words = deployment.try_up_as("beta", "x-y", |text| text).await.unwrap_err();
+
+    assert!(words.contains("node c1 of environment x-y") && words.contains("x-y-c1, which environment x has on h"), "{words}");
+    assert_eq!(deployment.running("x-y-c1").len(), 1);
+    let log = deployment.table.lock().unwrap().log.clone();
+    assert!(log.iter().all(|told| !told.contains(" stop ")), "{log:?}");
 }
 
 /// The first `env up` waits for a guest that does not boot; nobody hears it any more.
@@ -435,8 +452,9 @@ async fn a_vm_that_could_not_be_stopped_is_not_started_a_second_time() {
     let mut deployment = Deployment::new("act").await;
     deployment.up("alpha", &[("c1", "h3")]).await;
     deployment.kill_monitor("h3");
-    let down = AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() };
-    deployment.ask(down).await.unwrap();
+    deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+    let words = deployment.ask(down("alpha")).await.unwrap_err();
+    assert!(words.contains("alpha-c1 may still run on h3, whose monitor is away"), "{words}");
     // Also after a restart: it is on record.
     deployment.kill();
     deployment.start();
@@ -447,16 +465,83 @@ async fn a_vm_that_could_not_be_stopped_is_not_started_a_second_time() {
     assert!(words.contains("alpha-c1") && words.contains("h3, whose monitor is away"), "{words}");
     assert_eq!(deployment.running("alpha-c1"), ["h3"]);
     deployment.start_monitor("h3");
-    deployment.until("it is stopped", |deployment| deployment.log().contains("clearing up")).await;
-    deployment.until("it is gone", |deployment| deployment.running("alpha-c1").is_empty()).await;
+    deployment.until("it is stopped", |deployment| deployment.running("alpha-c1").is_empty()).await;
     let removed = |told: &String| told.starts_with("h3 remove network");
     deployment.until("so is its network", |deployment| deployment.table.lock().unwrap().log.iter().any(removed)).await;
-    let mut answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
-    while answer.as_ref().is_err_and(|words| words.contains("try again in a moment")) {
-        answer = deployment.try_up("alpha", &[("c1", "h1")]).await;
-    }
-    assert_eq!(answer, Ok(AdaptReply::Done));
+    deployment.until("it is off the record", |deployment| environments(deployment).is_empty()).await;
+    deployment.up("alpha", &[("c1", "h1")]).await;
     assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+}
+
+fn down(name: &str) -> AdaptRequest {
+    AdaptRequest::EnvDown { environment: name.parse().unwrap() }
+}
+
+/// Environments on record, and their VMs.
+fn environments(deployment: &Deployment) -> Vec<(String, Vec<String>)> {
+    let AdaptReply::Environments(list) = deployment.ask_blocking(&AdaptRequest::EnvList).unwrap() else { panic!() };
+    let vms = |seen: &violin_common::api::adapt::EnvironmentSeen| seen.vms.iter().map(|vm| vm.vm.to_string()).collect();
+    list.iter().map(|seen| (seen.spec.name.to_string(), vms(seen))).collect()
+}
+
+/// Its monitor is dead; its guests and its switch go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_is_free_only_when_nothing_of_it_can_still_run() {
+    for back in [true, false] {
+        let mut deployment = Deployment::new("act").await;
+        deployment.up("alpha", &[("c1", "h3"), ("head", "h2")]).await;
+        deployment.kill_monitor("h3");
+        deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+
+        let words = deployment.ask(down("alpha")).await.unwrap_err();
+
+        assert!(words.contains("alpha-c1 may still run on h3") && words.contains("violin host forget h3"), "{words}");
+        assert_eq!(environments(&deployment), [("alpha".to_owned(), vec!["alpha-c1".to_owned()])]);
+        let refused = deployment.try_up_as("alpha", "gamma", |text| text).await.unwrap_err();
+        assert!(refused.contains("`network.vni`: got 7001, of environment alpha, which is still being ended"), "{refused}");
+        let refused = deployment.try_up("alpha", &[]).await.unwrap_err();
+        assert!(refused.contains("`name`: got alpha, which is still being ended"), "{refused}");
+        assert!(deployment.ask(down("alpha")).await.unwrap_err().contains("alpha-c1 may still run on h3"));
+        // Others are cared for meanwhile.
+        deployment.up("beta", &BETA).await;
+        deployment.busy(&["beta-c1", "beta-c2", "beta-c3", "beta-c4"]);
+        deployment.until("the policy acts", |deployment| !deployment.moved().is_empty()).await;
+
+        if back {
+            deployment.start_monitor("h3");
+        } else {
+            deployment.ask(AdaptRequest::HostForget { host: "h3".parse().unwrap(), vms_are_lost: true }).await.unwrap();
+        }
+
+        deployment.until("it is off the record", |deployment| environments(deployment).len() == 1).await;
+        deployment.try_up_as("alpha", "gamma", |text| text).await.unwrap();
+        assert_eq!(deployment.running("alpha-c1").is_empty(), back);
+    }
+}
+
+/// Managers of earlier versions wrote that an environment is gone as soon as it was to be ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_older_journal_calls_gone_though_it_may_run_keeps_its_name_and_network() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &[("c1", "h3")]).await;
+    deployment.kill_monitor("h3");
+    deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+    deployment.ask(down("alpha")).await.unwrap_err();
+    deployment.kill();
+    {
+        let (mut journal, _) = Journal::open(&deployment.journal(), Instant(0)).unwrap();
+        journal.append(&Record::V1(RecordV1::EnvironmentGone("alpha".parse().unwrap()))).unwrap();
+    }
+    deployment.start();
+    deployment.until("the others are back", |deployment| deployment.connected() == 2).await;
+
+    let same_name = deployment.try_up("alpha", &[]).await.unwrap_err();
+    let same_network = deployment.try_up_as("alpha", "gamma", |text| text).await.unwrap_err();
+
+    assert!(same_name.contains("alpha-c1 of an ended environment may still run on h3"), "{same_name}");
+    assert!(same_network.contains("`network.vni`: got 7001, in which alpha-c1 of an ended"), "{same_network}");
+    deployment.start_monitor("h3");
+    deployment.until("it is stopped", |deployment| deployment.running("alpha-c1").is_empty()).await;
 }
 
 /// `env down` asks the hosts on record only, and waits for one of them.
@@ -489,20 +574,18 @@ async fn an_access_namespace_that_could_not_be_closed_is_closed_when_its_monitor
     deployment.ask(moved).await.unwrap();
     deployment.kill_monitor("h2");
     deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
-    deployment.ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() }).await.unwrap();
+    let words = deployment.ask(down("alpha")).await.unwrap_err();
+    assert!(words.contains("its access namespace may still be on h2, whose monitor is away"), "{words}");
 
-    let words = deployment.try_up("alpha", &[]).await.unwrap_err();
+    let words = deployment.try_up_as("alpha", "gamma", |text| text).await.unwrap_err();
 
-    assert!(words.contains("network.vni") && words.contains("may still lead on h2"), "{words}");
+    assert!(words.contains("network.vni") && words.contains("may still be on h2"), "{words}");
     deployment.start_monitor("h2");
     deployment
         .until("it is closed", |deployment| deployment.table.lock().unwrap().log.iter().any(|told| told == "h2 close alpha"))
         .await;
-    let mut answer = deployment.try_up("alpha", &[]).await;
-    while answer.as_ref().is_err_and(|words| words.contains("may still lead") || words.contains("try again in a moment")) {
-        answer = deployment.try_up("alpha", &[]).await;
-    }
-    assert_eq!(answer, Ok(AdaptReply::Done));
+    deployment.until("it is off the record", |deployment| environments(deployment).is_empty()).await;
+    deployment.up("alpha", &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -773,4 +856,161 @@ async fn a_forgotten_host_that_comes_back_runs_nothing_a_second_time() {
     deployment.until("it is a host again", |deployment| of_host(deployment, "h3").is_some_and(|seen| !seen.draining)).await;
     assert!(!deployment.log().contains("taking note"), "{}", deployment.log());
     assert!(ALPHA.iter().all(|(node, _)| deployment.running(&format!("alpha-{node}")).len() == 1));
+}
+
+fn strays(deployment: &Deployment) -> Vec<StraySeen> {
+    match deployment.ask_blocking(&AdaptRequest::StrayList) {
+        Ok(AdaptReply::Strays(strays)) => strays,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn told(deployment: &Deployment, what: &str) -> usize {
+    deployment.table.lock().unwrap().log.iter().filter(|told| told.contains(what)).count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_does_not_take_an_emptied_journal_for_a_new_one() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    deployment.kill();
+    std::fs::write(deployment.journal(), "").unwrap();
+
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_adaptd"))
+        .arg("--config")
+        .arg(deployment.directory.path().join("adaptd.toml"))
+        .output()
+        .unwrap();
+
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && words.contains("move it away") && words.contains("violin env adopt"), "{words}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_lost_journal_knew_runs_on_and_keeps_its_names_and_network_until_it_is_taken_up() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    let key = deployment.directory.path().join("keys/alpha");
+    let secret = std::fs::read(&key).unwrap();
+    std::fs::remove_file(&key).unwrap();
+
+    deployment.lose_the_journal().await;
+    let same_name = deployment.try_up("alpha", &[]).await.unwrap_err();
+    let same_network = deployment.try_up_as("alpha", "gamma", |text| text).await.unwrap_err();
+
+    let way = "take it up with `violin env adopt alpha`, end it with `violin env destroy alpha`";
+    assert!(
+        same_name.contains("`name`: got alpha, but alpha-c1 of an environment alpha") && same_name.contains(way),
+        "{same_name}"
+    );
+    assert!(same_network.contains("`network.vni`: got 7001, but alpha-c1") && same_network.contains(way), "{same_network}");
+    let seen = strays(&deployment);
+    let of = |seen: &StraySeen| {
+        format!("{} of {:?} on {}: {}", seen.vm, seen.environment.as_ref().unwrap().as_str(), seen.host, seen.state)
+    };
+    assert_eq!(
+        seen.iter().map(of).collect::<Vec<_>>()[..2],
+        ["alpha-c1 of \"alpha\" on h1: running", "alpha-c2 of \"alpha\" on h1: running"]
+    );
+    assert_eq!(seen.len(), 5);
+    // Another network and other names are free.
+    deployment.up("beta", &BETA).await;
+
+    let words = deployment.ask(AdaptRequest::EnvAdopt { environment: "alpha".parse().unwrap() }).await.unwrap();
+
+    assert_eq!(words, AdaptReply::Words("environment alpha is taken up: 5 VMs".into()));
+    assert_eq!((strays(&deployment), told(&deployment, " stop ")), (vec![], 0));
+    assert_eq!(std::fs::read(&key).unwrap(), secret);
+    // It is one like any other, also over a restart: moved, ended, and started anew as the next incarnation.
+    deployment.kill();
+    deployment.start();
+    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
+    let runs = |deployment: &Deployment| match deployment.ask_blocking(&AdaptRequest::VmList) {
+        Ok(AdaptReply::Vms(vms)) => vms.iter().filter(|vm| vm.state == Condition::Running).count() == 10,
+        _ => false,
+    };
+    deployment.until("all are known to run", runs).await;
+    deployment.ask(AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h2".parse().unwrap() }).await.unwrap();
+    assert_eq!(deployment.running("alpha-c1"), ["h2"]);
+    deployment.ask(down("alpha")).await.unwrap();
+    assert!(ALPHA.iter().all(|(node, _)| deployment.running(&format!("alpha-{node}")).is_empty()));
+    deployment.up("alpha", &ALPHA).await;
+    let epoch = deployment.table.lock().unwrap().specs[&"alpha-c1".parse().unwrap()].1;
+    assert_eq!(epoch.incarnation, violin_common::Epoch::FIRST.incarnation + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_lost_journal_knew_is_ended_by_an_explicit_word_only() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    deployment.up("beta", &BETA).await;
+    deployment.lose_the_journal().await;
+    deployment.until("they are seen", |deployment| strays(deployment).len() == 10).await;
+    let destroy = |name: &str| AdaptRequest::EnvDestroy { environment: name.parse().unwrap() };
+    let adopt = |name: &str| AdaptRequest::EnvAdopt { environment: name.parse().unwrap() };
+
+    let words = deployment.ask(destroy("gamma")).await.unwrap_err();
+    assert!(words.contains("got environment gamma") && words.contains("alpha beta"), "{words}");
+    assert!(deployment.ask(down("alpha")).await.unwrap_err().contains("violin env destroy alpha"));
+    deployment.kill_monitor("h2");
+    deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
+    // What is away can neither be ended nor taken up; what was ended stays so.
+    let words = deployment.ask(adopt("alpha")).await.unwrap_err();
+    assert!(words.contains("the monitor of h2") && words.contains("is away"), "{words}");
+    let words = deployment.ask(destroy("alpha")).await.unwrap_err();
+    assert!(words.contains("alpha-c3 was not ended on h2") && words.contains("alpha-c4"), "{words}");
+    assert_eq!(deployment.running("alpha-c1"), [""; 0]);
+    deployment.start_monitor("h2");
+    deployment.until("it is back", |deployment| deployment.connected() == 3).await;
+    let words = deployment.ask(adopt("alpha")).await.unwrap_err();
+    assert!(words.contains("alpha-head (10.77.0.1), alpha-c1 (10.77.0.2)"), "{words}");
+
+    deployment.ask(destroy("alpha")).await.unwrap();
+
+    assert!(RANKS.iter().all(|vm| deployment.running(vm).is_empty()));
+    assert_eq!(strays(&deployment).len(), 5);
+    assert_eq!((told(&deployment, "stop beta"), told(&deployment, "remove network 7002")), (0, 0));
+    deployment.up("alpha", &ALPHA).await;
+    let words = deployment.ask(destroy("alpha")).await.unwrap_err();
+    assert!(words.contains("violin env down alpha"), "{words}");
+    assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+}
+
+/// Its monitor is of an earlier version; its VM is told of by its name alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stray_of_which_nothing_is_told_keeps_its_name() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    deployment.table.lock().unwrap().old.extend(["h1", "h2"].map(|host| host.parse().unwrap()));
+    deployment.lose_the_journal().await;
+
+    let words = deployment.try_up("alpha", &[]).await.unwrap_err();
+
+    assert!(words.contains("`name`: got alpha, but alpha-c1"), "{words}");
+    assert!(strays(&deployment).iter().all(|seen| seen.environment.is_none()));
+    assert_eq!(told(&deployment, " stop "), 0);
+}
+
+/// Before a host has said what runs there, nothing starts that it might clash with.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_environment_starts_after_all_hosts_have_listed_their_vms() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &["head", "c1", "c2", "c3", "c4"].map(|node| (node, "h2"))).await;
+    deployment.hold("h2", "list");
+    deployment.kill();
+    std::fs::remove_file(deployment.journal()).unwrap();
+    deployment.start();
+    deployment.until_reached("h2", "list").await;
+    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
+    let spec = EnvironmentSpec::parse(
+        &std::fs::read_to_string(format!("{}/../configs/environments/alpha.toml", env!("CARGO_MANIFEST_DIR"))).unwrap(),
+    );
+    let mut spec = spec.unwrap();
+    spec.network.vni = violin_common::Vni::new(9).unwrap();
+    let asking = deployment.spawn_ask(AdaptRequest::EnvUp { spec, placement: std::collections::BTreeMap::new(), image: None });
+
+    deployment.release();
+
+    let words = asking.await.unwrap().unwrap_err();
+    assert!(words.contains("got alpha, but alpha-c1") && words.contains("runs on h2"), "{words}");
 }

@@ -32,6 +32,21 @@ pub(crate) enum Env {
         /// Its name.
         environment: EnvironmentId,
     },
+    /// Take up an environment that runs though the manager does not know it, as after its journal was lost.
+    ///
+    /// Its VMs go on as they are; all of them must be seen. `violin env status` and `violin vm list` show strays: VMs that run and
+    /// that the journal does not know.
+    Adopt {
+        /// Its name.
+        environment: EnvironmentId,
+    },
+    /// End an environment that runs though the manager does not know it: its VMs, its network, its access.
+    ///
+    /// For one that the manager knows it is `violin env down`.
+    Destroy {
+        /// Its name.
+        environment: EnvironmentId,
+    },
     /// Show environments and their VMs.
     Status {
         /// Only this one.
@@ -76,7 +91,20 @@ pub(crate) fn run(target: &Target, output: Output, command: Env) -> Result<()> {
             output.words(&format!("environment {environment} is down"));
             Ok(())
         }
+        Env::Adopt { environment } => match target.ask(&AdaptRequest::EnvAdopt { environment })? {
+            AdaptReply::Words(words) => {
+                output.words(&words);
+                Ok(())
+            }
+            other => bail!("got {other:?}, want words"),
+        },
+        Env::Destroy { environment } => {
+            target.follow(&AdaptRequest::EnvDestroy { environment: environment.clone() }, |words| eprintln!("{words}"))?;
+            output.words(&format!("environment {environment} is gone"));
+            Ok(())
+        }
         Env::Status { environment } => {
+            let all = environment.is_none();
             let chosen = match environment {
                 Some(name) => vec![find(target, &name)?],
                 None => list(target)?,
@@ -100,7 +128,7 @@ pub(crate) fn run(target: &Target, output: Output, command: Env) -> Result<()> {
             if chosen.is_empty() {
                 say!("no environments; start one with: violin env up FILE");
             }
-            Ok(())
+            if all { super::vm::print_strays(output, &super::vm::strays(target)?) } else { Ok(()) }
         }
         Env::Move { environment, to } => {
             match target.follow(&AdaptRequest::EnvMove { environment, to }, |words| eprintln!("{words}"))? {
@@ -123,6 +151,14 @@ pub(crate) fn list(target: &Target) -> Result<Vec<EnvironmentSeen>> {
 pub(crate) fn find(target: &Target, name: &EnvironmentId) -> Result<EnvironmentSeen> {
     let environments = list(target)?;
     let known = environments.iter().map(|seen| seen.spec.name.as_str()).collect::<Vec<_>>().join(", ");
+    if environments.iter().all(|seen| seen.spec.name != *name)
+        && super::vm::strays(target)?.iter().any(|stray| stray.environment.as_ref() == Some(name))
+    {
+        bail!(
+            "environment {name} runs, but the manager's journal does not know it: `violin env adopt {name}` takes it up, \
+             `violin env destroy {name}` ends it"
+        );
+    }
     environments.into_iter().find(|seen| seen.spec.name == *name).with_context(|| match known.as_str() {
         "" => format!("got environment {name}, but there is none; `violin env up FILE` starts one"),
         known => format!("got environment {name}, want one of: {known}"),

@@ -3,7 +3,7 @@
 use crate::table::{Output, joined, or_dash, percent, say};
 use crate::target::Target;
 use anyhow::{Result, bail};
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, Migration, Outcome, VmListed};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, Migration, Outcome, StraySeen, VmListed};
 use violin_common::{HostId, VmId};
 
 /// `violin vm …`
@@ -15,6 +15,7 @@ pub(crate) enum Vm {
     /// waited, and what the manager takes it to want. SMOOTHED is the mean of DEMAND that decisions are taken on.
     /// STATE is `unknown`, with what it was and how long ago, and the figures are `-`, when its host's monitor is away or has not
     /// told of it for `max-age` (10 s).
+    /// Strays stand below: VMs that run though the manager's journal does not know them (`"stray": true` as JSON).
     List,
     /// Move a VM to another host while it runs, and wait for the end.
     ///
@@ -132,6 +133,49 @@ pub(crate) fn print(output: Output, vms: &[VmListed]) -> Result<()> {
     })
 }
 
+/// One line of a list of both kinds.
+#[derive(serde::Serialize)]
+#[serde(untagged)]
+enum Listed<'a> {
+    Known(&'a VmListed),
+    Stray(&'a StraySeen),
+}
+
+/// VMs that run though the manager's journal does not know them.
+pub(crate) fn strays(target: &Target) -> Result<Vec<StraySeen>> {
+    match target.ask(&AdaptRequest::StrayList)? {
+        AdaptReply::Strays(strays) => Ok(strays),
+        other => bail!("got {other:?}, want the list of strays"),
+    }
+}
+
+/// Prints those, if there are any, and what can be done about them.
+pub(crate) fn print_strays(output: Output, strays: &[StraySeen]) -> Result<()> {
+    if strays.is_empty() {
+        return Ok(());
+    }
+    say!("\nStrays: they run, but the manager's journal does not know them.");
+    output.list(strays, ["VM", "ENVIRONMENT", "ROLE", "ADDRESS", "VNI", "HOST", "STATE"], |stray| {
+        [
+            stray.vm.to_string(),
+            or_dash(stray.environment.as_ref()),
+            or_dash(stray.role.map(|role| format!("{role:?}").to_lowercase())),
+            or_dash(stray.address),
+            or_dash(stray.vni),
+            stray.host.to_string(),
+            stray.state.to_string(),
+        ]
+    })?;
+    let environments: std::collections::BTreeSet<_> = strays.iter().filter_map(|stray| stray.environment.as_ref()).collect();
+    for name in environments {
+        say!("take up what runs of {name}: violin env adopt {name}; end it: violin env destroy {name}");
+    }
+    if let Some(stray) = strays.iter().find(|stray| stray.environment.is_none()) {
+        say!("of {} nobody tells how it was started: end it on {} with its hypervisor's own tools", stray.vm, stray.host);
+    }
+    Ok(())
+}
+
 /// Prints moves as a table.
 pub(crate) fn print_migrations(output: Output, migrations: &[Migration]) -> Result<()> {
     output.list(migrations, ["NO", "VM", "FROM", "TO", "GANG", "TOTAL", "PAUSE", "OUTCOME", "REASON"], |migration| {
@@ -161,7 +205,15 @@ pub(crate) fn print_migrations(output: Output, migrations: &[Migration]) -> Resu
 pub(crate) fn run(target: &Target, output: Output, command: Vm) -> Result<()> {
     match command {
         Vm::List => match target.ask(&AdaptRequest::VmList)? {
-            AdaptReply::Vms(vms) => print(output, &vms),
+            AdaptReply::Vms(vms) => {
+                let strays = strays(target)?;
+                if output.json {
+                    return output
+                        .value(&(vms.iter().map(Listed::Known)).chain(strays.iter().map(Listed::Stray)).collect::<Vec<_>>());
+                }
+                print(output, &vms)?;
+                print_strays(output, &strays)
+            }
             other => bail!("got {other:?}, want the list of VMs"),
         },
         Vm::Migrate { vm, to } => match target.follow(&AdaptRequest::VmMigrate { vm, to }, |words| eprintln!("{words}"))? {

@@ -3,7 +3,7 @@
 use crate::api::switch::{SwitchReply, SwitchRequest};
 use crate::config::environment::EnvironmentSpec;
 use crate::control::monitor::{DestinationFigures, ImageDigest, Role, SourceFigures, VmState};
-use crate::{DomainId, EnvironmentId, HostId, Instant, VmId};
+use crate::{DomainId, EnvironmentId, HostId, Instant, VmId, Vni};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -43,6 +43,18 @@ pub enum AdaptRequest {
         /// Which.
         environment: EnvironmentId,
     },
+    /// Takes up what runs of an environment that the journal does not know; answers [`AdaptReply::Words`].
+    EnvAdopt {
+        /// Which.
+        environment: EnvironmentId,
+    },
+    /// Ends what runs of an environment that the journal does not know.
+    EnvDestroy {
+        /// Which.
+        environment: EnvironmentId,
+    },
+    /// Answers [`AdaptReply::Strays`].
+    StrayList,
     /// Answers [`AdaptReply::Environments`].
     EnvList,
     /// Moves all compute nodes of an environment to another domain as one gang; answered like `VmMigrate`.
@@ -251,6 +263,28 @@ pub struct VmListed {
     pub moving_to: Option<HostId>,
 }
 
+/// A VM that runs though the journal knows nothing of it, as listed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StraySeen {
+    /// Always: where VMs of both kinds stand in one list, this tells them apart.
+    pub stray: bool,
+    /// Name.
+    pub vm: VmId,
+    /// Environment; none, as for what follows: its monitor does not tell.
+    pub environment: Option<EnvironmentId>,
+    /// What it is there.
+    pub role: Option<Role>,
+    /// Address inside its network.
+    pub address: Option<Ipv4Addr>,
+    /// Its network.
+    pub vni: Option<Vni>,
+    /// Where it runs, or was when that host was last heard of.
+    pub host: HostId,
+    /// How it is.
+    pub state: Condition,
+}
+
 /// An environment as listed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -391,6 +425,8 @@ pub enum AdaptReply {
     Hosts(Vec<HostSeen>),
     /// To `VmList`.
     Vms(Vec<VmListed>),
+    /// To `StrayList`.
+    Strays(Vec<StraySeen>),
     /// To `MigrationList`, `VmMigrate`, `EnvMove`.
     Migrations(Vec<Migration>),
     /// To `DecisionList`.

@@ -58,7 +58,7 @@ pub enum Role {
 }
 
 /// Everything a monitor needs to run a VM, at its first host and at every later one.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct VmSpec {
     /// Its name, also its domain's name at the hypervisor.
@@ -83,6 +83,25 @@ pub struct VmSpec {
     pub image: Option<ImageDigest>,
     /// `KEY=VALUE` lines for the guest (docs/guest.md): names, hosts, keys.
     pub guest_config: String,
+}
+
+/// Without what its guest is told: that holds a private key.
+impl std::fmt::Debug for VmSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { vm, environment, role, network, mac, address, prefix_len, vcpus, memory_mib, image, guest_config: _ } = self;
+        f.debug_struct("VmSpec")
+            .field("vm", vm)
+            .field("environment", environment)
+            .field("role", role)
+            .field("network", network)
+            .field("mac", mac)
+            .field("address", address)
+            .field("prefix_len", prefix_len)
+            .field("vcpus", vcpus)
+            .field("memory_mib", memory_mib)
+            .field("image", image)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Whether and how a VM is on a host.
@@ -324,6 +343,11 @@ pub enum Command {
     List,
     /// Relays a request to the host's switch; answered by [`Answer::Switch`].
     Switch(SwitchRequest),
+    /// Answered by [`Answer::Described`]; by no answer of a monitor that is older than this command.
+    Describe {
+        /// Which; one that is not here is a failure.
+        vm: VmId,
+    },
 }
 
 /// Figures of a move, all times on the host's monotonic clock in nanoseconds.
@@ -395,4 +419,11 @@ pub enum Answer {
     Switch(Result<SwitchReply, String>),
     /// Not done; got, wanted, and what was undone.
     Failed(String),
+    /// To `Describe`.
+    Described {
+        /// As it was started.
+        spec: Box<VmSpec>,
+        /// Highest epoch known of it.
+        epoch: Option<Epoch>,
+    },
 }

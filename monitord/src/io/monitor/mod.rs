@@ -203,6 +203,7 @@ impl Monitor {
                 self.hypervisor.set_cpu(&vm, shares, cap).map(|()| Answer::Done).map_err(|e| e.to_string())
             }
             Command::List => self.list().map(Answer::Vms),
+            Command::Describe { vm } => self.describe(&vm),
             Command::Switch(request) => {
                 let mut reply = self.switch.ask(&request).map_err(|error| error.to_string());
                 // The monitor has no socket of its own: what it counts stands beside what its switch does.
@@ -245,6 +246,13 @@ impl Monitor {
             .collect();
         list.extend(unnamed.into_iter().map(|vm| VmSeen { vm, state: VmState::Arriving, leaving: false }));
         Ok(list)
+    }
+
+    /// How a VM was started, for a manager that has lost its journal.
+    fn describe(&self, vm: &VmId) -> Result<Answer, Trouble> {
+        let vms = lock(&self.vms);
+        let known = vms.get(vm).ok_or_else(|| format!("got VM {vm}, of which this monitor has no record"))?;
+        Ok(Answer::Described { spec: Box::new(known.record.spec.clone()), epoch: known.record.epoch })
     }
 
     /// Changes what is known of a VM, keeps it on disk and wakes who waits; `None`: it is not known.
