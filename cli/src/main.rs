@@ -1,6 +1,7 @@
 //! `violin`: the operator's words.
 
 mod cmd;
+mod signals;
 mod table;
 mod target;
 
@@ -69,12 +70,21 @@ enum Command {
         #[arg(last = true, value_name = "COMMAND")]
         words: Vec<String>,
     },
-    /// Copy a file into or out of a node: one of FROM and TO is ENV:NODE:PATH.
-    #[command(after_help = "Examples: violin cp hello alpha:head:/root/hello\n          violin cp alpha:c1:/root/log log")]
+    /// Copy files into or out of a node, as scp does: either all FROM or TO is ENV:NODE:PATH.
+    ///
+    /// A new file has the mode of its source, less the umask; one that is there keeps its own and its owner and is replaced when
+    /// the whole has come. Links are followed. Set-user-ID bits do not leave a guest. Ends with 1 if anything was not copied; the
+    /// rest is.
+    #[command(
+        after_help = "Examples: violin cp hello alpha:head:/root/\n          violin cp alpha:c1:/root/log log\n          violin cp -r job alpha:head:/opt"
+    )]
     Cp {
-        /// File here, or ENV:NODE:PATH.
-        from: String,
-        /// File here, or ENV:NODE:PATH; one that is there is replaced when the whole has come.
+        #[command(flatten)]
+        how: cmd::copy::How,
+        /// Files here, or ENV:NODE:PATH; `./a:b` is a file here.
+        #[arg(required = true)]
+        from: Vec<String>,
+        /// File or folder here, or ENV:NODE:PATH; of several files: a folder that is there.
         to: String,
     },
     /// Run an MPI program over an environment's compute nodes, from its head node.
@@ -169,7 +179,7 @@ fn main() -> ExitCode {
         Command::Lab(command) => cmd::lab::run(command, output),
         Command::Env(command) => cmd::env::run(&target, output, command),
         Command::Ssh { environment, node, words } => cmd::reach::ssh(&target, &environment, node.as_deref(), &words),
-        Command::Cp { from, to } => cmd::copy::copy(&target, &from, &to),
+        Command::Cp { how, from, to } => cmd::copy::copy(&target, &from, &to, how),
         Command::Run { environment, ranks, directory, words } => {
             cmd::reach::run(&target, &environment, ranks, &directory, &words)
         }

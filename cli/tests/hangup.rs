@@ -5,6 +5,7 @@ mod fake;
 use fake::guest::{Guest, until};
 use fake::said;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 
 fn signal(child: &Child, name: &str) {
@@ -104,4 +105,27 @@ fn words_and_statuses_pass_through_a_real_ssh() {
     for (line, status) in [("exit 7", 7), ("kill -KILL $$", 137)] {
         assert_eq!(on(&["ssh", "alpha", "--", line]).status.code(), Some(status), "{line}");
     }
+}
+
+#[test]
+#[ignore = "needs root, dropbear-bin and openmpi-bin"]
+fn a_folder_goes_there_runs_and_comes_back_through_a_real_ssh() {
+    let guest = Guest::head();
+    let on = |words: &[&str]| guest.manager.violin(words).stdin(Stdio::null()).output().unwrap();
+
+    std::fs::create_dir(guest.manager.path("job")).unwrap();
+    std::fs::write(guest.manager.path("job/program"), "#!/bin/sh\necho ran\n").unwrap();
+    std::fs::set_permissions(guest.manager.path("job/program"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    // More than connections and pipes hold.
+    std::fs::write(guest.manager.path("job/big"), vec![7; 8 << 20]).unwrap();
+    let job = guest.manager.path("job").display().to_string();
+    let copied = on(&["cp", "-r", &job, "alpha:head:/root"]);
+    assert!(copied.status.success(), "{}", said(&copied));
+    let ran = on(&["run", "alpha", "-n", "2", "--directory", "/root/job", "--", "./program"]);
+    assert_eq!(String::from_utf8_lossy(&ran.stdout), "ran\nran\n", "{}", said(&ran));
+    let back = guest.manager.path("back").display().to_string();
+    let copied = on(&["cp", "-r", "alpha:head:job", &back]);
+    assert!(copied.status.success(), "{}", said(&copied));
+    assert_eq!(std::fs::metadata(guest.manager.path("back/program")).unwrap().permissions().mode() & 0o777, 0o755);
+    assert!(std::fs::read(guest.manager.path("back/big")).unwrap() == vec![7; 8 << 20]);
 }

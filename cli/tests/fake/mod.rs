@@ -3,6 +3,7 @@
 #![allow(unreachable_pub)] // A test program has no outside.
 
 pub mod guest;
+pub mod places;
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -13,17 +14,15 @@ use violin_common::api::Response;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, EnvironmentSeen, VmListed};
 use violin_common::config::environment::{EnvironmentSpec, Node};
 
-/// Runs what comes behind the address, as a node's shell would. With CUT its input or output ends after so many bytes, as
+/// Runs what comes behind the address, as a node's shell would. With CUT its input and output end after so many bytes, as
 /// when the connection breaks. NODE_TOOLS is the folder of the node's programs, if they are not this machine's.
 const NSENTER: &str = r#"#!/bin/sh
 while [ "${1#root@}" = "$1" ]; do shift; done
 shift
 [ -z "$NODE_TOOLS" ] || PATH=$NODE_TOOLS:${0%/*}
 [ -n "$CUT" ] || exec sh -c "$*"
-case "$*" in
-"cat -- "*) sh -c "$*" | head -c "$CUT"; exit 255 ;;
-*) head -c "$CUT" | sh -c "$*"; exit 255 ;;
-esac
+head -c "$CUT" | sh -c "$*" | head -c "$CUT"
+exit 255
 "#;
 
 pub const ALPHA: &str = include_str!("../../../configs/environments/alpha.toml");
