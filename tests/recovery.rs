@@ -280,9 +280,9 @@ fn every_undo_step_takes_back_what_it_is_for() {
     let mut moving = site.begin("h2");
     let asked = Instant::now();
     println!("{}", site.lab.must(&["vm", "abort", VM]));
+    assert!(!moving.wait().expect("violin ends").success(), "an aborted move was called done");
     println!("aborted {:.1} s after it was asked for: {}", asked.elapsed().as_secs_f64(), site.lab.outcome(2));
     assert!(site.lab.outcome(2).contains("given up"), "{}", site.lab.outcome(2));
-    assert!(!moving.wait().expect("violin ends").success(), "an aborted move was called done");
     assert_eq!(site.lab.host_of(VM), "h1");
     site.lab.runs_once("three", "c1");
     site.nothing_left("h2");

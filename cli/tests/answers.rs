@@ -4,7 +4,9 @@ mod fake;
 
 use fake::{Manager, alpha, said};
 use violin_common::api::Response;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, HostSeen, StraySeen, VmListed};
+use violin_common::api::adapt::{
+    AdaptReply, AdaptRequest, Condition, EnvironmentLife, EnvironmentSeen, HostSeen, StraySeen, VmListed,
+};
 use violin_common::api::switch::{Counter, SwitchReply};
 
 #[test]
@@ -124,4 +126,25 @@ fn strays_are_shown_with_what_can_be_done_about_them() {
     let left = manager.violin(&["env", "destroy", "gg"]).output().unwrap();
     assert_eq!((left.status.code(), String::from_utf8_lossy(&left.stdout).into_owned()), (Some(1), String::new()));
     assert!(said(&left).contains("gg-c1 was not ended on h2"));
+}
+
+#[test]
+fn how_far_an_environment_is_is_shown() {
+    let manager = Manager::new(|request| match request {
+        AdaptRequest::EnvList => {
+            let progress = Some("3 of 5 VMs run; alpha-c4 starts on h2".to_owned());
+            let (life, progress_s) = (EnvironmentLife::Starting, Some(12.3));
+            Response::Ok(AdaptReply::Environments(vec![EnvironmentSeen { life, progress, progress_s, ..alpha() }, alpha()]))
+        }
+        AdaptRequest::StrayList => Response::Ok(AdaptReply::Strays(Vec::new())),
+        other => Response::Error(format!("got {other:?}")),
+    });
+
+    for words in [&["env", "status"][..], &["env", "list"]] {
+        let output = manager.violin(words).output().unwrap();
+
+        let text = String::from_utf8(output.stdout).unwrap();
+        let told: Vec<_> = text.lines().filter(|line| line.contains("VMs run") || line.starts_with("ready")).collect();
+        assert_eq!(told, ["starting for 12 s: 3 of 5 VMs run; alpha-c4 starts on h2"], "{text}");
+    }
 }

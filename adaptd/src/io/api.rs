@@ -2,11 +2,12 @@
 
 use crate::cycle::decide;
 use crate::explain;
-use crate::io::environments::{Words, access, down, unknown, up};
+use crate::io::environments::{access, down, unknown, up};
 use crate::io::monitors::ask;
+use crate::io::progress::Words;
 use crate::io::run::stamp;
 use crate::io::world::Shared;
-use crate::io::{clock, execute, hosts, strays};
+use crate::io::{clock, execute, hosts, progress, strays};
 use crate::model::{Snapshot, Standing};
 use crate::plan::Origin;
 use crate::policy::{Move, Proposal, violin};
@@ -19,8 +20,11 @@ use tokio::task::JoinHandle;
 use violin_channel::local::Sink;
 use violin_common::VmId;
 use violin_common::api::Response;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, AdaptStatus, Condition, EnvironmentSeen, Event, Outcome};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, AdaptStatus, Condition, Event, Outcome};
 use violin_common::control::monitor::{Answer, Command};
+
+/// Longest wait for the end of a move that is given up: what takes longer waits for a host that may not answer for minutes.
+const ABORT: Duration = Duration::from_secs(3);
 
 /// Answers one request.
 pub async fn answer(shared: Arc<Shared>, request: AdaptRequest, sink: Sink<AdaptReply>) {
@@ -67,7 +71,7 @@ pub async fn answer(shared: Arc<Shared>, request: AdaptRequest, sink: Sink<Adapt
             };
             moved(&shared, &sink, proposal).await
         }
-        AdaptRequest::VmAbort { vm } => abort(&shared, &vm).await,
+        AdaptRequest::VmAbort { vm } => abort(&shared, &sink, &vm).await,
         AdaptRequest::Access { environment } => access(&shared, &environment).await,
         AdaptRequest::Switch { host, request } => {
             let command = Command::Switch(request);
@@ -113,16 +117,9 @@ fn at_once(shared: &Shared, request: AdaptRequest) -> Result<AdaptReply, String>
             world.mode = mode;
             AdaptReply::Done
         }
-        AdaptRequest::EnvList => {
-            let list = world.state.environments.iter().map(|(name, known)| EnvironmentSeen {
-                spec: known.stored.spec.clone(),
-                home: known.stored.home.clone(),
-                vms: world.list_vms(now, &shared.config, Some(name)),
-            });
-            AdaptReply::Environments(list.collect())
-        }
         AdaptRequest::EnvAdopt { environment } => AdaptReply::Words(strays::adopt(shared, &mut world, &environment)?),
         AdaptRequest::StrayList => AdaptReply::Strays(strays::list(&world)),
+        AdaptRequest::EnvList => AdaptReply::Environments(progress::list(shared, &world, now)),
         AdaptRequest::HostList => AdaptReply::Hosts(world.list_hosts(now, &shared.config)),
         AdaptRequest::HostDrain { host } => hosts::drain(shared, &mut world, &host, true)?,
         AdaptRequest::HostUndrain { host } => hosts::drain(shared, &mut world, &host, false)?,
@@ -136,7 +133,12 @@ fn at_once(shared: &Shared, request: AdaptRequest) -> Result<AdaptReply, String>
         AdaptRequest::Why { vm } => {
             let known = world.condition(now, &vm, &shared.config) != Condition::Unknown;
             let sight = if known { explain::Sight::Known } else { explain::Sight::Lost(world.heard_of(now, &vm)) };
-            AdaptReply::Words(explain::why(&world.state, &vm, sight, &world.refusals, now)?)
+            let mut why = explain::why(&world.state, &vm, sight, &world.refusals, now)?;
+            if let Some(moving) = world.state.move_of(&vm).filter(|moving| world.giving_up.contains(&moving.number)) {
+                let now = world.state.giving_up(moving).unwrap_or_else(|too_late| too_late);
+                why.push_str(&format!("An operator asked to give that up: {now}.\n"));
+            }
+            AdaptReply::Words(why)
         }
         other => return Err(format!("got {other:?}, which is answered elsewhere")),
     })
@@ -172,7 +174,7 @@ fn words_to(sink: &Sink<AdaptReply>) -> (Words, JoinHandle<()>) {
             }
         }
     });
-    (Words(Some(told)), telling)
+    (Words::to(told), telling)
 }
 
 /// The last answer comes after all progress.
@@ -220,26 +222,35 @@ async fn moved(
     }
 }
 
-/// Has a move given up and waits for its end, whichever that is.
-async fn abort(shared: &Shared, vm: &VmId) -> Result<AdaptReply, String> {
-    let mut events = shared.events.subscribe();
-    let number = {
-        let world = shared.world();
-        let running = world.state.migrations.values().find(|seen| seen.vm == *vm && seen.outcome == Outcome::Running);
+/// Has a move given up, says what that waits for, and waits for its end, whichever that is; but not for long.
+async fn abort(shared: &Shared, sink: &Sink<AdaptReply>, vm: &VmId) -> Result<AdaptReply, String> {
+    let mut changes = shared.changes.subscribe();
+    let (number, words) = {
+        let mut world = shared.world();
+        let running = world.state.move_of(vm);
         let running = running.ok_or_else(|| format!("got {vm}, want a VM that is being moved (`violin vm list` shows moves)"))?;
+        let (number, words) = (running.number, world.state.giving_up(running)?);
+        world.giving_up.insert(number);
         // Nobody listens if the plan has ended this instant: then its end is on record below.
         let _ = shared.give_up.send(vm.clone());
-        running.number
+        (number, words)
     };
-    loop {
-        let ended = shared.world().state.migrations.get(&number).filter(|seen| seen.outcome != Outcome::Running).cloned();
-        if let Some(ended) = ended {
-            return Ok(AdaptReply::Migrations(vec![ended]));
+    tracing::info!("{words}");
+    let _ = sink.send(Response::Ok(AdaptReply::Progress(words))).await;
+    let seen = || {
+        let seen = shared.world().state.migrations.get(&number).cloned();
+        seen.ok_or_else(|| format!("move {number} of {vm} is no longer on record"))
+    };
+    let end = async {
+        while seen()?.outcome == Outcome::Running {
+            changes.changed().await.map_err(|_| "the manager ends")?;
         }
-        if let Err(RecvError::Closed) = events.recv().await {
-            return Err("the manager ends".into());
-        }
+        Ok::<(), String>(())
+    };
+    if let Ok(ended) = tokio::time::timeout(ABORT, end).await {
+        ended?;
     }
+    Ok(AdaptReply::Migrations(vec![seen()?]))
 }
 
 async fn watch(shared: &Shared, sink: &Sink<AdaptReply>) {

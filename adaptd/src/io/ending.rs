@@ -1,7 +1,8 @@
 //! What an environment that is being ended has left: on hosts that are away, or that did not do as they were told. It keeps its
 //! names and its network until the last of it is gone, for whoever started in them would meet it.
 
-use crate::io::environments::{Words, end};
+use crate::io::environments::end;
+use crate::io::progress::Words;
 use crate::io::world::{Shared, World};
 use crate::records::{Life, State};
 use std::collections::BTreeSet;

@@ -1,8 +1,9 @@
 //! Environments: up as one unit or not at all, down, and the door into one.
 
 use crate::io::monitors::ask;
+use crate::io::progress::Words;
 use crate::io::world::{Shared, World};
-use crate::io::{clock, ending, keys, strays};
+use crate::io::{clock, ending, keys, progress, strays};
 use crate::place::place;
 use crate::records::{Life, RecordV1, StoredEnvironment};
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,16 +19,12 @@ const SHORT: Duration = Duration::from_secs(60);
 /// Longest wait for hosts to list their VMs before something is started.
 const LISTED: Duration = Duration::from_secs(10);
 
-/// Where progress in words goes: to the log, and to whoever asked.
-#[derive(Debug, Clone, Default)]
-pub struct Words(pub Option<tokio::sync::mpsc::UnboundedSender<String>>);
+/// A name taken by the call that is about to start an environment, until it is recorded or refused.
+struct Taken<'a>(&'a Shared, &'a EnvironmentId);
 
-impl Words {
-    pub(crate) fn say(&self, words: String) {
-        tracing::info!("{words}");
-        if let Some(asker) = &self.0 {
-            let _ = asker.send(words);
-        }
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.0.world().being_begun.remove(self.1);
     }
 }
 
@@ -41,7 +38,15 @@ pub async fn up(
 ) -> Result<(), String> {
     let name = spec.name.clone();
     listed(shared).await;
-    admit(shared, &shared.world(), &spec, &placement)?;
+    {
+        let mut world = shared.world();
+        admit(shared, &world, &spec, &placement)?;
+        if !world.being_begun.insert(name.clone()) {
+            return Err(being_started(&name, None));
+        }
+    }
+    let taken = Taken(shared, &name);
+    let words = &words.about(shared, &name, "its key pair is being made".into());
     let pair = keys::generate(&shared.config.socket, &name).await.map_err(|error| format!("{error:#}"))?;
     // Whoever hangs up does not end this task: an environment of this name may be another one when it goes on.
     let begun = pair.public.clone();
@@ -66,11 +71,13 @@ pub async fn up(
             shared.record(&mut world, RecordV1::VmStarts { vm: spec.vm.clone(), epoch })?;
             world.seen.remove(&spec.vm);
             world.observer.forget(&spec.vm);
+            world.starting.insert(spec.vm.clone());
             let image_sources = world.image_sources(spec.image.as_ref(), &host);
             starts.push((host, Command::Start { spec, epoch, image_sources }));
         }
         starts
     };
+    drop(taken);
     let started = start_all(shared, &name, &begun, starts, words).await;
     {
         let mut world = shared.world();
@@ -105,6 +112,15 @@ async fn listed(shared: &Shared) {
     let _ = tokio::time::timeout(LISTED, all).await;
 }
 
+/// What another call for an environment of the same name is told.
+fn being_started(name: &EnvironmentId, progress: Option<String>) -> String {
+    let progress = progress.map_or_else(String::new, |progress| format!(" ({progress})"));
+    format!(
+        "environment {name} is being started by another call{progress}; `violin env status {name}` shows how far it is, \
+         `violin env down {name}` gives it up"
+    )
+}
+
 fn admit(
     shared: &Shared,
     world: &World,
@@ -112,6 +128,9 @@ fn admit(
     placement: &BTreeMap<String, HostId>,
 ) -> Result<crate::place::Placed, String> {
     let nodes = spec.check().map_err(|error| error.to_string())?;
+    if world.state.environments.get(&spec.name).is_some_and(|known| known.life == Life::Starting) {
+        return Err(being_started(&spec.name, progress::of(shared, world, &spec.name)));
+    }
     let meets = |command: &Command| match command {
         Command::Stop { vm } | Command::CancelIncoming { vm } => nodes.iter().any(|node| node.vm == *vm),
         Command::AccessClose { environment } => *environment == spec.name,
@@ -155,6 +174,15 @@ fn admit(
     place(&snapshot, &taken, spec, placement).map_err(|refusal| refusal.to_string())
 }
 
+/// A VM that a monitor is being told to start, until it has answered or nobody waits for that any more.
+struct Asked(Arc<Shared>, VmId);
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.0.world().starting.remove(&self.1);
+    }
+}
+
 async fn start_all(
     shared: &Arc<Shared>,
     name: &EnvironmentId,
@@ -171,13 +199,14 @@ async fn start_all(
         let (vm, image) = (spec.vm.clone(), spec.image.clone());
         words.say(format!("{vm} starts on {host}"));
         waiting.insert(vm.clone());
-        let (shared, told) = (Arc::clone(shared), told.clone());
+        let (asked, shared, told) = (Asked(Arc::clone(shared), vm.clone()), Arc::clone(shared), told.clone());
         starting.spawn(async move {
             let limit = shared.config.ready_timeout.0;
             let answer = ask(&shared, &host, &command, limit, |_, doing| {
                 let _ = told.send(format!("{vm} on {host}: {doing}"));
             })
             .await;
+            drop(asked);
             match answer {
                 Ok(Answer::Done) => {
                     shared.world().has_image(image.as_ref(), &host);
@@ -239,6 +268,14 @@ pub async fn down(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) -> 
 /// that another call is ending is waited for: a command of the slower of the two could meet a VM started anew.
 pub async fn end(shared: &Arc<Shared>, name: &EnvironmentId, begun: &str, words: &Words) -> Result<(), String> {
     let mut changes = shared.changes.subscribe();
+    let moves = {
+        let world = shared.world();
+        !world.state.unfinished.is_empty() && !world.being_ended.contains(name)
+    };
+    let waiting = moves.then(|| words.about(shared, name, String::new()));
+    if let Some(waiting) = &waiting {
+        waiting.say(format!("{name} is ended as soon as the moves under way have ended (`violin vm list` shows them)"));
+    }
     loop {
         quiet(shared).await?;
         {
@@ -260,7 +297,8 @@ pub async fn end(shared: &Arc<Shared>, name: &EnvironmentId, begun: &str, words:
         }
         let _ = tokio::time::timeout(Duration::from_millis(500), changes.changed()).await;
     }
-    let ended = end_alone(shared, name, words).await;
+    let words = words.about(shared, name, "its VMs are being stopped".into());
+    let ended = end_alone(shared, name, &words).await;
     shared.world().being_ended.remove(name);
     shared.changed();
     if ended.is_err() {

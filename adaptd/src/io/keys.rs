@@ -6,19 +6,20 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use violin_common::EnvironmentId;
 
+/// How the names of folders begin in which key pairs are being made; no environment's name begins like that.
+const NEW: &str = ".new-";
+
 /// Directory of the private keys: `keys/` beside the local socket.
 pub fn directory(socket: &Path) -> PathBuf {
     socket.parent().unwrap_or_else(|| Path::new(".")).join("keys")
 }
 
-/// Makes an Ed25519 key pair.
+/// Makes an Ed25519 key pair. Its files are in a folder of this call's own meanwhile: no two calls meet.
 pub async fn generate(socket: &Path, environment: &EnvironmentId) -> anyhow::Result<Keys> {
     let directory = directory(socket);
     make_directory(&directory)?;
-    let path = directory.join(format!("{environment}.new"));
-    let public = directory.join(format!("{environment}.new.pub"));
-    remove(&path)?;
-    remove(&public)?;
+    let workplace = tempfile::Builder::new().prefix(NEW).tempdir_in(&directory).context("making a folder for a new key pair")?;
+    let path = workplace.path().join("key");
     let output = tokio::process::Command::new("ssh-keygen")
         .args(["-q", "-t", "ed25519", "-N", "", "-C"])
         .arg(format!("violin-{environment}"))
@@ -31,10 +32,26 @@ pub async fn generate(socket: &Path, environment: &EnvironmentId) -> anyhow::Res
     if !output.status.success() {
         bail!("ssh-keygen: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
-    let keys = Keys { public: std::fs::read_to_string(&public)?, private: std::fs::read_to_string(&path)? };
-    remove(&path)?;
-    remove(&public)?;
+    let keys = Keys { public: std::fs::read_to_string(path.with_extension("pub"))?, private: std::fs::read_to_string(&path)? };
+    workplace.close().context("removing the files of a new key pair")?;
     Ok(keys)
+}
+
+/// Removes what a manager that was killed while it made a key pair has left.
+pub fn tidy(socket: &Path) -> anyhow::Result<()> {
+    let directory = directory(socket);
+    make_directory(&directory)?;
+    for entry in std::fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))?.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(NEW) {
+            std::fs::remove_dir_all(entry.path()).with_context(|| format!("removing {}", entry.path().display()))?;
+        } else if name.ends_with(".new") || name.ends_with(".new.pub") {
+            // As versions before this one called them; no environment's name has a dot.
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes an environment's private key, readable by its owner only.

@@ -12,6 +12,7 @@ pub mod hosts;
 pub mod journal;
 pub mod keys;
 pub mod monitors;
+pub mod progress;
 pub mod reconcile;
 pub mod run;
 pub mod strays;

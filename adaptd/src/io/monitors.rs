@@ -108,7 +108,7 @@ fn take(shared: &Arc<Shared>, host: &HostId, report: Report) {
         // Of a VM in motion both ends tell; the one it runs at is believed, and an end it has left says nothing of it.
         let here = world.state.vms.get(vm).is_some_and(|known| known.host == *host);
         let comes = world.state.moving_to(vm) == Some(host) && state == VmState::Running;
-        if (here || comes) && world.seen.get(vm) != Some(&(host.clone(), state)) {
+        if (here || comes) && !world.starting.contains(vm) && world.seen.get(vm) != Some(&(host.clone(), state)) {
             world.seen.insert(vm.clone(), (host.clone(), state));
             news = true;
         }
@@ -132,6 +132,9 @@ fn take(shared: &Arc<Shared>, host: &HostId, report: Report) {
                 tracing::debug!(%host, "not observed: {missing}");
             }
             world.twice.retain(|vm, second| second != host || observation.vms.iter().any(|sample| sample.vm == *vm));
+            let observed = observation.vms.iter().map(|sample| sample.vm.clone()).collect();
+            let held = world.held(host);
+            world.observer.note_room(clock::now(), host, &observed, observation.host.memory_free_mib, &held);
             // What runs where it should not says nothing of the VM that is meant.
             let state = &world.state;
             observation.vms.retain(|sample| {

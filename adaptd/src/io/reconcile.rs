@@ -1,6 +1,7 @@
 //! After a HELLO: what runs there and what the journal says are brought together. No VM runs twice, none is left behind.
 
 use crate::io::monitors::ask;
+use crate::io::progress::Words;
 use crate::io::world::{Shared, World};
 use crate::io::{clock, environments, strays};
 use crate::records::{KnownEnvironment, KnownVm, Life, RecordV1, State};
@@ -272,7 +273,7 @@ pub async fn leftovers(shared: Arc<Shared>) {
                 }
             };
             let _ = tokio::time::timeout(SHORT, all_there).await;
-            if let Err(words) = environments::end(&shared, &environment, &begun, &environments::Words::default()).await {
+            if let Err(words) = environments::end(&shared, &environment, &begun, &Words::default()).await {
                 tracing::warn!("{words}");
             }
         });

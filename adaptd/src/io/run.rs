@@ -29,6 +29,7 @@ pub async fn run(config: AdaptConfig, dry_run: bool, stop: impl Future<Output = 
     tracing::info!(generation = journal.generation(), environments = state.environments.len(), "journal read");
     let listener = local::bind(&config.socket)?;
     let endpoint = quic::listen(config.listen, credentials, quic::alpn::MONITOR, Timing::CALM)?;
+    keys::tidy(&config.socket)?;
     for (name, environment) in &state.environments {
         keys::store(&config.socket, name, &environment.stored.keys)?;
     }

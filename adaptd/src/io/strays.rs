@@ -2,9 +2,9 @@
 //! and run on until an operator has said whether they are taken up or ended.
 
 use crate::adopt::{Found, adopted};
-use crate::io::environments::Words;
 use crate::io::keys;
 use crate::io::monitors::ask;
+use crate::io::progress::Words;
 use crate::io::world::{Shared, World};
 use crate::records::{RecordV1, StoredEnvironment};
 use std::collections::{BTreeMap, BTreeSet};

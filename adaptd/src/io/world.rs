@@ -2,9 +2,10 @@
 
 use crate::cycle::Settling;
 use crate::io::journal::Journal;
+use crate::io::progress::Progress;
 use crate::io::strays::Stray;
 use crate::model::{Doing, Environment, Failed, Host, Snapshot, Standing, Vm};
-use crate::observe::Observer;
+use crate::observe::{Held, Observer};
 use crate::policy::Refusal;
 use crate::records::{Goal, Life, Record, RecordV1, State};
 use crate::score::high_count;
@@ -12,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::{broadcast, watch};
 use violin_common::api::adapt::{Condition, Event, HostSeen, Mode, VmListed};
-use violin_common::config::adapt::AdaptConfig;
+use violin_common::config::adapt::{AdaptConfig, Policy};
 use violin_common::control::monitor::{Command, Hello, ImageDigest, VmState};
 use violin_common::{EnvironmentId, HostId, Instant, VmId};
 
@@ -46,6 +47,8 @@ pub struct World {
     pub hosts: BTreeMap<HostId, KnownHost>,
     /// How each VM was last seen, and where.
     pub seen: BTreeMap<VmId, (HostId, VmState)>,
+    /// VMs that a monitor has been told to start and has not answered for: what is told of them is of earlier ones of that name.
+    pub starting: BTreeSet<VmId>,
     /// VMs that run on a second host too, and which that is.
     pub twice: BTreeMap<VmId, HostId>,
     /// VMs that run on a host and that the journal knows nothing of, as when each host was last asked.
@@ -58,6 +61,10 @@ pub struct World {
     pub being_ended: BTreeSet<EnvironmentId>,
     /// Those of them, by name and public key, of which something is left that a task waits for.
     pub finishing: BTreeSet<(EnvironmentId, String)>,
+    /// Environments that a call is about to record: their key pairs are being made.
+    pub being_begun: BTreeSet<EnvironmentId>,
+    /// Moves that an operator wants given up, by number; also of some that have ended since.
+    pub giving_up: BTreeSet<u64>,
     /// What the last cycle refused.
     pub refusals: Vec<Refusal>,
     /// What was last written of that.
@@ -70,6 +77,8 @@ pub struct Shared {
     /// Settings.
     pub config: AdaptConfig,
     world: Mutex<World>,
+    /// What was last said of each environment that comes or goes.
+    pub progress: Progress,
     /// What watchers are told.
     pub events: broadcast::Sender<Event>,
     /// VMs whose moves an operator wants given up; heard by whatever carries plans out.
@@ -93,18 +102,21 @@ impl Shared {
             mode,
             hosts: BTreeMap::new(),
             seen: BTreeMap::new(),
+            starting: BTreeSet::new(),
             twice: BTreeMap::new(),
             strays: BTreeMap::new(),
             comparing: BTreeMap::new(),
             clearing: BTreeMap::new(),
             being_ended: BTreeSet::new(),
             finishing: BTreeSet::new(),
+            being_begun: BTreeSet::new(),
+            giving_up: BTreeSet::new(),
             refusals: Vec::new(),
             refusals_written: (BTreeSet::new(), Instant(0)),
         };
         let (events, changes, fatal) = (broadcast::channel(1024).0, watch::channel(0).0, watch::channel(None).0);
         let (give_up, ending) = (broadcast::channel(64).0, watch::channel(false).0);
-        Self { config, world: Mutex::new(world), events, give_up, changes, fatal, ending }
+        Self { config, world: Mutex::new(world), progress: Progress::default(), events, give_up, changes, fatal, ending }
     }
 
     /// Takes the lock. A task that died with it left whole records behind, so what it knew still holds.
@@ -156,7 +168,7 @@ impl World {
             let host = Host {
                 domain: hello.domain.clone(),
                 cores: hello.cores,
-                memory_mib: self.memory_mib(name, hello.memory_mib),
+                memory_mib: self.memory_mib(now, name, hello.memory_mib, policy),
                 driver: hello.driver.clone(),
                 standing,
                 draining: self.state.takes_nothing(name),
@@ -204,12 +216,26 @@ impl World {
     }
 
     /// What a host can hold, in MiB: what it declared, or what its VMs were promised and what is really free beside them.
-    fn memory_mib(&self, host: &HostId, declared: u64) -> u64 {
-        let Some(figures) = self.observer.host(host) else { return declared };
-        // A monitor counts what arrives as promised, so it is counted here too.
-        let held = self.state.vms.iter().filter(|(vm, known)| known.host == *host || self.state.moving_to(vm) == Some(host));
-        let held: u64 = held.map(|(_, known)| known.spec.memory_mib).sum();
-        declared.min(held.saturating_add(figures.last.host.memory_free_mib))
+    fn memory_mib(&self, now: Instant, host: &HostId, declared: u64, policy: &Policy) -> u64 {
+        let room = self.observer.room_mib(now, host, &self.held(host), policy);
+        room.map_or(declared, |room| declared.min(room))
+    }
+
+    /// What the journal has on a host. A monitor counts what arrives as promised, so it is counted here too.
+    pub fn held(&self, host: &HostId) -> Held {
+        let mut held = Held::default();
+        for (vm, known) in &self.state.vms {
+            let to = self.state.moving_to(vm);
+            let (here, comes) = (known.host == *host, to == Some(host));
+            held.moving |= to.is_some() && (here || comes);
+            if here || comes {
+                held.mib.insert(vm.clone(), known.spec.memory_mib);
+                if self.state.environments.get(&known.environment).is_some_and(|known| known.life == Life::Starting) {
+                    held.starting.insert(vm.clone());
+                }
+            }
+        }
+        held
     }
 
     fn doing(&self, vm: &VmId, life: Option<Life>) -> Doing {
@@ -336,6 +362,7 @@ impl World {
                 demand: figures.map(|figures| figures.last.demand),
                 smoothed_demand: figures.map(|figures| figures.demand.so_far()),
                 moving_to: self.state.moving_to(name).cloned(),
+                giving_up: self.state.move_of(name).is_some_and(|moving| self.giving_up.contains(&moving.number)),
             }
         });
         list.collect()

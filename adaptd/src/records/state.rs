@@ -404,11 +404,34 @@ impl State {
 
     /// Where a VM is moving to, if it is.
     pub fn moving_to(&self, vm: &VmId) -> Option<&HostId> {
-        self.migrations
-            .values()
-            .rev()
-            .find(|migration| migration.vm == *vm && migration.outcome == Outcome::Running)
-            .map(|migration| &migration.to)
+        self.move_of(vm).map(|migration| &migration.to)
+    }
+
+    /// The move of a VM that is under way, if one is.
+    pub fn move_of(&self, vm: &VmId) -> Option<&Migration> {
+        self.migrations.values().rev().find(|migration| migration.vm == *vm && migration.outcome == Outcome::Running)
+    }
+
+    /// What giving up a move that is under way waits for, in words. Errors: it comes too late, or is none that is given up.
+    pub fn giving_up(&self, migration: &Migration) -> Result<String, String> {
+        let Migration { number, vm, from, to, .. } = migration;
+        let back =
+            |unfinished: &Unfinished| unfinished.back.iter().any(|(moves, _)| moves.iter().any(|m| m.migration == *number));
+        if self.unfinished.values().any(back) {
+            return Err(format!("{vm} is being taken back to {to} because its gang failed: such a move is not given up"));
+        }
+        let waits = match self.unfinished.values().find_map(|unfinished| unfinished.steps.get(number)) {
+            None => "it has not begun to leave".into(),
+            Some(0) => format!("{to} is preparing for it and is heard out, then that is taken back"),
+            Some(1) => format!("the hypervisor of {from} is told to keep it"),
+            Some(_) => {
+                return Err(format!(
+                    "it comes too late: {vm} has left {from} and is taken in on {to}; `violin vm migrate {vm} --to {from}` takes \
+                     it back when it is there"
+                ));
+            }
+        };
+        Ok(format!("move {number} of {vm} from {from} to {to} is being given up: {waits}"))
     }
 }
 

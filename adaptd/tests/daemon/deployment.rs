@@ -118,6 +118,17 @@ impl Deployment {
         }
     }
 
+    /// Starts the manager anew with another setting.
+    pub(crate) async fn with_setting(&mut self, was: &str, now: &str) {
+        self.kill();
+        let path = self.directory.path().join("adaptd.toml");
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(was), "{text}");
+        std::fs::write(&path, text.replace(was, now)).unwrap();
+        self.start();
+        self.until("all are back", |deployment| deployment.connected() == 3).await;
+    }
+
     pub(crate) fn journal(&self) -> PathBuf {
         self.directory.path().join("journal.redb")
     }
@@ -193,14 +204,7 @@ impl Deployment {
 
     /// Asks and skips progress.
     pub(crate) async fn ask(&self, request: AdaptRequest) -> Result<AdaptReply, String> {
-        let mut lines = local::watch::<_, AdaptReply>(&self.socket(), &request).await?;
-        loop {
-            match lines.next().await {
-                Some(Ok(AdaptReply::Progress(_))) => {}
-                Some(answer) => return answer,
-                None => return Err("no answer".into()),
-            }
-        }
+        last_answer(&self.socket(), &request).await
     }
 
     /// Starts an environment from its shipped file.
@@ -211,10 +215,16 @@ impl Deployment {
 
     /// The same, where it may be refused.
     pub(crate) async fn try_up(&self, name: &str, placement: &[(&str, &str)]) -> Result<AdaptReply, String> {
+        self.ask(self.env_up(name, placement)).await
+    }
+
+    /// What asks for that.
+    #[allow(clippy::unused_self)] // Reads as what it belongs to.
+    pub(crate) fn env_up(&self, name: &str, placement: &[(&str, &str)]) -> AdaptRequest {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/environments/{name}.toml"));
         let spec = violin_common::config::environment::EnvironmentSpec::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
         let placement = placement.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
-        self.ask(AdaptRequest::EnvUp { spec, placement, image: None }).await
+        AdaptRequest::EnvUp { spec, placement, image: None }
     }
 
     /// Starts one like that of a shipped file, by another name and with a changed text.
@@ -306,6 +316,18 @@ impl Deployment {
         let wanted = (host.to_owned(), kind.to_owned());
         self.until(&format!("{kind} reaches {host}"), |deployment| deployment.table.lock().unwrap().reached.contains(&wanted))
             .await;
+    }
+}
+
+/// Asks and skips progress.
+pub(crate) async fn last_answer(socket: &Path, request: &AdaptRequest) -> Result<AdaptReply, String> {
+    let mut lines = local::watch::<_, AdaptReply>(socket, request).await?;
+    loop {
+        match lines.next().await {
+            Some(Ok(AdaptReply::Progress(_))) => {}
+            Some(answer) => return answer,
+            None => return Err("no answer".into()),
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! The manager as a process: environments, moves, gangs, and SIGKILL in the middle of all of them.
 
 mod deployment;
+mod strays;
 
 use adaptd::io::journal::Journal;
 use adaptd::records::{Record, RecordV1};
 use deployment::Deployment;
 use violin_common::Instant;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, Event, Mode, Outcome, StraySeen};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Event, Mode, Outcome};
 use violin_common::api::switch::SwitchRequest;
 use violin_common::config::environment::EnvironmentSpec;
 use violin_common::control::monitor::VmState;
@@ -497,6 +498,10 @@ async fn a_network_is_free_only_when_nothing_of_it_can_still_run() {
 
         assert!(words.contains("alpha-c1 may still run on h3") && words.contains("violin host forget h3"), "{words}");
         assert_eq!(environments(&deployment), [("alpha".to_owned(), vec!["alpha-c1".to_owned()])]);
+        let AdaptReply::Environments(list) = deployment.ask_blocking(&AdaptRequest::EnvList).unwrap() else { panic!() };
+        assert_eq!(list[0].life, violin_common::api::adapt::EnvironmentLife::Ending);
+        let progress = list[0].progress.clone().unwrap();
+        assert_eq!(progress, "4 of 5 VMs are stopped: alpha-c1 may still run on h3, whose monitor is away");
         let refused = deployment.try_up_as("alpha", "gamma", |text| text).await.unwrap_err();
         assert!(refused.contains("`network.vni`: got 7001, of environment alpha, which is still being ended"), "{refused}");
         let refused = deployment.try_up("alpha", &[]).await.unwrap_err();
@@ -650,6 +655,31 @@ async fn a_host_takes_no_vm_for_which_it_has_no_memory_really_free() {
     let words = deployment.ask(migrate).await.unwrap_err();
 
     assert!(words.contains("h3 would hold 256 MiB of 255 MiB"), "{words}");
+}
+
+/// Observations come once a period: those held back here are of before the end of the VMs.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_an_ended_environment_had_is_free_at_once() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.with_setting("max-age = \"3s\"", "max-age = \"600s\"").await;
+    let hosts: Vec<violin_common::HostId> = ["h1", "h2", "h3"].map(|host| host.parse().unwrap()).to_vec();
+    let full = |deployment: &Deployment, free: Option<u64>| match deployment.ask_blocking(&AdaptRequest::HostList) {
+        Ok(AdaptReply::Hosts(seen)) => seen.iter().all(|host| host.memory_free_mib == free),
+        _ => false,
+    };
+    deployment.up("alpha", &ALPHA).await;
+    deployment.table.lock().unwrap().memory_free_mib.extend(hosts.iter().map(|host| (host.clone(), 100)));
+    deployment.until("all are full", |deployment| full(deployment, Some(100))).await;
+    deployment.table.lock().unwrap().mute.extend(hosts);
+    deployment.ask(down("alpha")).await.unwrap();
+
+    let text = std::fs::read_to_string(format!("{}/../configs/environments/alpha.toml", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let spec = EnvironmentSpec::parse(&text).unwrap();
+    let placement = ALPHA.iter().map(|(node, host)| ((*node).to_owned(), host.parse().unwrap())).collect();
+    let asking = deployment.spawn_ask(AdaptRequest::EnvUp { spec, placement, image: None });
+
+    let answer = asking.await.unwrap();
+    assert!(matches!(&answer, Ok(AdaptReply::Progress(words)) if words.contains("starts on")), "{answer:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -858,159 +888,107 @@ async fn a_forgotten_host_that_comes_back_runs_nothing_a_second_time() {
     assert!(ALPHA.iter().all(|(node, _)| deployment.running(&format!("alpha-{node}")).len() == 1));
 }
 
-fn strays(deployment: &Deployment) -> Vec<StraySeen> {
-    match deployment.ask_blocking(&AdaptRequest::StrayList) {
-        Ok(AdaptReply::Strays(strays)) => strays,
-        other => panic!("{other:?}"),
+fn of_environment(deployment: &Deployment, name: &str) -> Option<violin_common::api::adapt::EnvironmentSeen> {
+    match deployment.ask_blocking(&AdaptRequest::EnvList) {
+        Ok(AdaptReply::Environments(list)) => list.into_iter().find(|seen| seen.spec.name.as_str() == name),
+        _ => None,
     }
 }
 
-fn told(deployment: &Deployment, what: &str) -> usize {
-    deployment.table.lock().unwrap().log.iter().filter(|told| told.contains(what)).count()
-}
-
+/// Whoever asked for it has hung up, as an interrupted `violin env up` or `down` does.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_manager_does_not_take_an_emptied_journal_for_a_new_one() {
-    let mut deployment = Deployment::new("act").await;
-    deployment.up("alpha", &ALPHA).await;
-    deployment.kill();
-    std::fs::write(deployment.journal(), "").unwrap();
-
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_adaptd"))
-        .arg("--config")
-        .arg(deployment.directory.path().join("adaptd.toml"))
-        .output()
-        .unwrap();
-
-    let words = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && words.contains("move it away") && words.contains("violin env adopt"), "{words}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_a_lost_journal_knew_runs_on_and_keeps_its_names_and_network_until_it_is_taken_up() {
-    let mut deployment = Deployment::new("act").await;
-    deployment.up("alpha", &ALPHA).await;
-    let key = deployment.directory.path().join("keys/alpha");
-    let secret = std::fs::read(&key).unwrap();
-    std::fs::remove_file(&key).unwrap();
-
-    deployment.lose_the_journal().await;
-    let same_name = deployment.try_up("alpha", &[]).await.unwrap_err();
-    let same_network = deployment.try_up_as("alpha", "gamma", |text| text).await.unwrap_err();
-
-    let way = "take it up with `violin env adopt alpha`, end it with `violin env destroy alpha`";
-    assert!(
-        same_name.contains("`name`: got alpha, but alpha-c1 of an environment alpha") && same_name.contains(way),
-        "{same_name}"
-    );
-    assert!(same_network.contains("`network.vni`: got 7001, but alpha-c1") && same_network.contains(way), "{same_network}");
-    let seen = strays(&deployment);
-    let of = |seen: &StraySeen| {
-        format!("{} of {:?} on {}: {}", seen.vm, seen.environment.as_ref().unwrap().as_str(), seen.host, seen.state)
+async fn how_far_an_environment_is_that_comes_or_goes_is_listed_for_everybody() {
+    use violin_common::api::adapt::EnvironmentLife;
+    let deployment = Deployment::new("act").await;
+    let told = |deployment: &Deployment, life: EnvironmentLife, words: &str| {
+        of_environment(deployment, "alpha").is_some_and(|seen| {
+            seen.life == life && seen.progress.is_some_and(|told| told.starts_with(words)) && seen.progress_s.is_some()
+        })
     };
-    assert_eq!(
-        seen.iter().map(of).collect::<Vec<_>>()[..2],
-        ["alpha-c1 of \"alpha\" on h1: running", "alpha-c2 of \"alpha\" on h1: running"]
-    );
-    assert_eq!(seen.len(), 5);
-    // Another network and other names are free.
-    deployment.up("beta", &BETA).await;
+    deployment.hold("h2", "start");
+    // Hangs up after the first line.
+    deployment.spawn_ask(deployment.env_up("alpha", &ALPHA)).await.unwrap().unwrap();
 
-    let words = deployment.ask(AdaptRequest::EnvAdopt { environment: "alpha".parse().unwrap() }).await.unwrap();
+    deployment.until("it is told", |deployment| told(deployment, EnvironmentLife::Starting, "3 of 5 VMs run")).await;
+    deployment.release();
+    let ready =
+        |deployment: &Deployment| of_environment(deployment, "alpha").is_some_and(|seen| seen.life == EnvironmentLife::Ready);
+    deployment.until("it is up", ready).await;
+    deployment.until("nothing is under way", |deployment| of_environment(deployment, "alpha").unwrap().progress.is_none()).await;
 
-    assert_eq!(words, AdaptReply::Words("environment alpha is taken up: 5 VMs".into()));
-    assert_eq!((strays(&deployment), told(&deployment, " stop ")), (vec![], 0));
-    assert_eq!(std::fs::read(&key).unwrap(), secret);
-    // It is one like any other, also over a restart: moved, ended, and started anew as the next incarnation.
-    deployment.kill();
-    deployment.start();
-    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
-    let runs = |deployment: &Deployment| match deployment.ask_blocking(&AdaptRequest::VmList) {
-        Ok(AdaptReply::Vms(vms)) => vms.iter().filter(|vm| vm.state == Condition::Running).count() == 10,
-        _ => false,
-    };
-    deployment.until("all are known to run", runs).await;
-    deployment.ask(AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h2".parse().unwrap() }).await.unwrap();
-    assert_eq!(deployment.running("alpha-c1"), ["h2"]);
-    deployment.ask(down("alpha")).await.unwrap();
-    assert!(ALPHA.iter().all(|(node, _)| deployment.running(&format!("alpha-{node}")).is_empty()));
-    deployment.up("alpha", &ALPHA).await;
-    let epoch = deployment.table.lock().unwrap().specs[&"alpha-c1".parse().unwrap()].1;
-    assert_eq!(epoch.incarnation, violin_common::Epoch::FIRST.incarnation + 1);
+    deployment.hold("h1", "stop");
+    let down = deployment.spawn_ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() });
+    deployment.until_reached("h1", "stop").await;
+    down.abort();
+    deployment.until("it is told", |deployment| told(deployment, EnvironmentLife::Ending, "2 of 5 VMs are stopped")).await;
+    deployment.release();
+    deployment.until("it is gone", |deployment| of_environment(deployment, "alpha").is_none()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_lost_journal_knew_is_ended_by_an_explicit_word_only() {
-    let mut deployment = Deployment::new("act").await;
-    deployment.up("alpha", &ALPHA).await;
-    deployment.up("beta", &BETA).await;
-    deployment.lose_the_journal().await;
-    deployment.until("they are seen", |deployment| strays(deployment).len() == 10).await;
-    let destroy = |name: &str| AdaptRequest::EnvDestroy { environment: name.parse().unwrap() };
-    let adopt = |name: &str| AdaptRequest::EnvAdopt { environment: name.parse().unwrap() };
+async fn of_many_calls_for_one_environment_one_starts_it_and_the_others_are_told_so() {
+    let deployment = Deployment::new("act").await;
+    // None comes to its end before all have been answered.
+    deployment.hold("h2", "start");
 
-    let words = deployment.ask(destroy("gamma")).await.unwrap_err();
-    assert!(words.contains("got environment gamma") && words.contains("alpha beta"), "{words}");
-    assert!(deployment.ask(down("alpha")).await.unwrap_err().contains("violin env destroy alpha"));
-    deployment.kill_monitor("h2");
-    deployment.until("it is gone", |deployment| deployment.connected() == 2).await;
-    // What is away can neither be ended nor taken up; what was ended stays so.
-    let words = deployment.ask(adopt("alpha")).await.unwrap_err();
-    assert!(words.contains("the monitor of h2") && words.contains("is away"), "{words}");
-    let words = deployment.ask(destroy("alpha")).await.unwrap_err();
-    assert!(words.contains("alpha-c3 was not ended on h2") && words.contains("alpha-c4"), "{words}");
-    assert_eq!(deployment.running("alpha-c1"), [""; 0]);
-    deployment.start_monitor("h2");
-    deployment.until("it is back", |deployment| deployment.connected() == 3).await;
-    let words = deployment.ask(adopt("alpha")).await.unwrap_err();
-    assert!(words.contains("alpha-head (10.77.0.1), alpha-c1 (10.77.0.2)"), "{words}");
-
-    deployment.ask(destroy("alpha")).await.unwrap();
-
-    assert!(RANKS.iter().all(|vm| deployment.running(vm).is_empty()));
-    assert_eq!(strays(&deployment).len(), 5);
-    assert_eq!((told(&deployment, "stop beta"), told(&deployment, "remove network 7002")), (0, 0));
-    deployment.up("alpha", &ALPHA).await;
-    let words = deployment.ask(destroy("alpha")).await.unwrap_err();
-    assert!(words.contains("violin env down alpha"), "{words}");
-    assert_eq!(deployment.running("alpha-c1"), ["h1"]);
-}
-
-/// Its monitor is of an earlier version; its VM is told of by its name alone.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_stray_of_which_nothing_is_told_keeps_its_name() {
-    let mut deployment = Deployment::new("act").await;
-    deployment.up("alpha", &ALPHA).await;
-    deployment.table.lock().unwrap().old.extend(["h1", "h2"].map(|host| host.parse().unwrap()));
-    deployment.lose_the_journal().await;
-
-    let words = deployment.try_up("alpha", &[]).await.unwrap_err();
-
-    assert!(words.contains("`name`: got alpha, but alpha-c1"), "{words}");
-    assert!(strays(&deployment).iter().all(|seen| seen.environment.is_none()));
-    assert_eq!(told(&deployment, " stop "), 0);
-}
-
-/// Before a host has said what runs there, nothing starts that it might clash with.
-#[tokio::test(flavor = "multi_thread")]
-async fn an_environment_starts_after_all_hosts_have_listed_their_vms() {
-    let mut deployment = Deployment::new("act").await;
-    deployment.up("alpha", &["head", "c1", "c2", "c3", "c4"].map(|node| (node, "h2"))).await;
-    deployment.hold("h2", "list");
-    deployment.kill();
-    std::fs::remove_file(deployment.journal()).unwrap();
-    deployment.start();
-    deployment.until_reached("h2", "list").await;
-    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
-    let spec = EnvironmentSpec::parse(
-        &std::fs::read_to_string(format!("{}/../configs/environments/alpha.toml", env!("CARGO_MANIFEST_DIR"))).unwrap(),
-    );
-    let mut spec = spec.unwrap();
-    spec.network.vni = violin_common::Vni::new(9).unwrap();
-    let asking = deployment.spawn_ask(AdaptRequest::EnvUp { spec, placement: std::collections::BTreeMap::new(), image: None });
-
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let (socket, request) = (deployment.socket(), deployment.env_up("alpha", &ALPHA));
+        calls.spawn(async move { deployment::last_answer(&socket, &request).await });
+    }
+    let mut refused = Vec::new();
+    while refused.len() < 7 {
+        refused.push(calls.join_next().await.unwrap().unwrap().unwrap_err());
+    }
     deployment.release();
 
-    let words = asking.await.unwrap().unwrap_err();
-    assert!(words.contains("got alpha, but alpha-c1") && words.contains("runs on h2"), "{words}");
+    assert!(refused.iter().all(|words| words.starts_with("environment alpha is being started by another call")), "{refused:#?}");
+    assert_eq!(calls.join_next().await.unwrap().unwrap(), Ok(AdaptReply::Done));
+    let keys = std::fs::read_dir(deployment.directory.path().join("keys")).unwrap();
+    assert_eq!(keys.map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>(), ["alpha"]);
+    // It can be entered with the key its guests were told.
+    let key = deployment.directory.path().join("keys/alpha");
+    let public = std::process::Command::new("ssh-keygen").arg("-y").arg("-f").arg(key).output().unwrap();
+    let public = String::from_utf8(public.stdout).unwrap();
+    let told = deployment.table.lock().unwrap().specs.clone();
+    assert!(told.len() == 5 && told.values().all(|(spec, _)| spec.guest_config.contains(public.trim())), "{public}\n{told:#?}");
+}
+
+/// Its destination does not answer, or is taking the VM in already.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_to_give_up_a_move_is_answered_while_the_move_waits_for_a_host() {
+    let deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    let vm = || "alpha-c1".parse::<violin_common::VmId>().unwrap();
+    let migrate = AdaptRequest::VmMigrate { vm: vm(), to: "h3".parse().unwrap() };
+    deployment.hold("h3", "prepare");
+    let asking = deployment.spawn_ask(migrate.clone());
+    deployment.until_reached("h3", "prepare").await;
+
+    // For ever held up, if it waited for that host.
+    let answer = deployment.ask(AdaptRequest::VmAbort { vm: vm() });
+    let answer = tokio::time::timeout(std::time::Duration::from_secs(20), answer).await.expect("an answer, h3 held up");
+
+    let Ok(AdaptReply::Migrations(list)) = answer else { panic!("{answer:?}") };
+    assert_eq!(list[0].outcome, Outcome::Running);
+    let listed = deployment.ask_blocking(&AdaptRequest::VmList).unwrap();
+    let AdaptReply::Vms(listed) = listed else { panic!("{listed:?}") };
+    assert!(listed.iter().all(|seen| seen.giving_up == (seen.vm == vm())), "{listed:#?}");
+    let AdaptReply::Words(why) = deployment.ask_blocking(&AdaptRequest::Why { vm: vm() }).unwrap() else { panic!() };
+    assert!(why.contains("is being given up: h3 is preparing for it"), "{why}");
+    deployment.release();
+    let ended = |deployment: &Deployment| deployment.nothing_moves() && deployment.halves().is_empty();
+    deployment.until("it has ended", ended).await;
+    assert!(matches!(&deployment.migrations()[0].outcome, Outcome::Undone(why) if why.contains("given up")));
+    assert_eq!(deployment.running("alpha-c1"), ["h1"]);
+    let _ = asking.await;
+
+    deployment.hold("h3", "finish");
+    let asking = deployment.spawn_ask(migrate);
+    deployment.until_reached("h3", "finish").await;
+    let words = deployment.ask(AdaptRequest::VmAbort { vm: vm() }).await.unwrap_err();
+    assert!(words.contains("too late: alpha-c1 has left h1"), "{words}");
+    deployment.release();
+    deployment.until("it is there", |deployment| deployment.moved() == ["alpha-c1 h1 h3"]).await;
+    let _ = asking.await;
 }

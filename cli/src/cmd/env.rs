@@ -5,7 +5,7 @@ use crate::target::Target;
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, EnvironmentSeen};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, EnvironmentLife, EnvironmentSeen};
 use violin_common::config::environment::EnvironmentSpec;
 use violin_common::control::monitor::ImageDigest;
 use violin_common::{DomainId, EnvironmentId, HostId};
@@ -47,7 +47,8 @@ pub(crate) enum Env {
         /// Its name.
         environment: EnvironmentId,
     },
-    /// Show environments and their VMs.
+    /// Show environments and their VMs, and how far those are that are being started or ended.
+    #[command(visible_alias = "list")]
     Status {
         /// Only this one.
         environment: Option<EnvironmentId>,
@@ -123,6 +124,9 @@ pub(crate) fn run(target: &Target, output: Output, command: Env) -> Result<()> {
                     network.prefix_len,
                     seen.vms.len()
                 );
+                if let Some(progress) = under_way(seen) {
+                    say!("{progress}");
+                }
                 super::vm::print(output, &seen.vms)?;
             }
             if chosen.is_empty() {
@@ -137,6 +141,16 @@ pub(crate) fn run(target: &Target, output: Output, command: Env) -> Result<()> {
             }
         }
     }
+}
+
+/// What goes on with an environment, in words.
+fn under_way(seen: &EnvironmentSeen) -> Option<String> {
+    if seen.life == EnvironmentLife::Ready && seen.progress.is_none() {
+        return None;
+    }
+    let since = seen.progress_s.map_or_else(String::new, |age| format!(" for {age:.0} s"));
+    let progress = seen.progress.as_deref().map_or_else(String::new, |progress| format!(": {progress}"));
+    Some(format!("{}{since}{progress}", seen.life))
 }
 
 /// All environments.

@@ -29,6 +29,9 @@ pub(crate) enum Vm {
         to: HostId,
     },
     /// Give up the move of a VM that is under way: it runs on where it was. A gang takes its other VMs back.
+    ///
+    /// Shows the move as it ended; or, if that takes longer than a few seconds, as running: it is given up all the same, as soon as the
+    /// host that is at work for it answers. Fails if it comes too late.
     Abort {
         /// VM, for example alpha-c1.
         vm: VmId,
@@ -128,7 +131,7 @@ pub(crate) fn print(output: Output, vms: &[VmListed]) -> Result<()> {
             or_dash(vm.wait.map(percent)),
             or_dash(vm.demand.map(percent)),
             or_dash(vm.smoothed_demand.map(percent)),
-            or_dash(vm.moving_to.as_ref()),
+            or_dash(vm.moving_to.as_ref().map(|to| if vm.giving_up { format!("{to} (given up)") } else { to.to_string() })),
         ]
     })
 }
@@ -220,9 +223,12 @@ pub(crate) fn run(target: &Target, output: Output, command: Vm) -> Result<()> {
             AdaptReply::Migrations(migrations) => finished(output, &migrations),
             other => bail!("got {other:?}, want the move's record"),
         },
-        Vm::Abort { vm } => match target.ask(&AdaptRequest::VmAbort { vm })? {
+        Vm::Abort { vm } => match target.follow(&AdaptRequest::VmAbort { vm: vm.clone() }, |words| eprintln!("{words}"))? {
             AdaptReply::Migrations(migrations) => {
                 print_migrations(output, &migrations)?;
+                if migrations.iter().any(|migration| migration.outcome == Outcome::Running) {
+                    eprintln!("that goes on by itself; `violin vm list` and `violin why {vm}` show when it has ended, and how");
+                }
                 if migrations.iter().any(|migration| migration.outcome == Outcome::Done) {
                     bail!("it came too late: the VM has moved; `violin vm migrate` takes it back");
                 }

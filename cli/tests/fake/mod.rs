@@ -11,7 +11,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use violin_common::api::Response;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, EnvironmentSeen, VmListed};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, EnvironmentLife, EnvironmentSeen, VmListed};
 use violin_common::config::environment::{EnvironmentSpec, Node};
 
 /// Runs what comes behind the address, as a node's shell would. With CUT its input and output end after so many bytes, as
@@ -115,10 +115,14 @@ fn seen(spec: &EnvironmentSpec) -> EnvironmentSeen {
         demand: Some(0.0),
         smoothed_demand: Some(0.0),
         moving_to: None,
+        giving_up: false,
     };
     EnvironmentSeen {
         vms: spec.nodes().unwrap().iter().map(listed).collect(),
         home: spec.home.clone().unwrap(),
+        life: EnvironmentLife::Ready,
+        progress: None,
+        progress_s: None,
         spec: spec.clone(),
     }
 }

@@ -92,8 +92,9 @@ pub enum AdaptRequest {
         /// Where to.
         to: HostId,
     },
-    /// Gives up the move of a VM that is under way, then answers [`AdaptReply::Migrations`] with that one as it ended. A gang
-    /// that loses a move this way takes the others back.
+    /// Gives up the move of a VM that is under way. Says at once, as progress, what that waits for, and answers
+    /// [`AdaptReply::Migrations`] with that one: as it ended, or, if that takes longer than a few seconds, as still running.
+    /// A gang that loses a move this way takes the others back.
     VmAbort {
         /// Which.
         vm: VmId,
@@ -261,6 +262,32 @@ pub struct VmListed {
     pub smoothed_demand: Option<f64>,
     /// Where it is moving to.
     pub moving_to: Option<HostId>,
+    /// Whether an operator wants that move given up.
+    #[serde(default)]
+    pub giving_up: bool,
+}
+
+/// How far an environment is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EnvironmentLife {
+    /// Its VMs are being started.
+    Starting,
+    /// It is up.
+    #[default]
+    Ready,
+    /// It is being ended; some of its VMs may still run.
+    Ending,
+}
+
+impl std::fmt::Display for EnvironmentLife {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Ending => "ending",
+        })
+    }
 }
 
 /// A VM that runs though the journal knows nothing of it, as listed.
@@ -293,6 +320,15 @@ pub struct EnvironmentSeen {
     pub spec: EnvironmentSpec,
     /// Home domain: where its head node stays.
     pub home: DomainId,
+    /// How far it is.
+    #[serde(default)]
+    pub life: EnvironmentLife,
+    /// How far its start or end is, and what was last said of that, in words; none: nothing is under way.
+    #[serde(default)]
+    pub progress: Option<String>,
+    /// Seconds since that began, or since this manager took it up.
+    #[serde(default)]
+    pub progress_s: Option<f64>,
     /// Its VMs.
     pub vms: Vec<VmListed>,
 }
