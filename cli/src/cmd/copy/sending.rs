@@ -116,6 +116,8 @@ mv -f "$part" "$path""#
 struct Found {
     /// Paths from the folder on, each with a NUL behind it; a folder before what is in it.
     names: Vec<u8>,
+    /// Those of folders once more.
+    folders: Vec<u8>,
     count: u64,
     left_out: u64,
 }
@@ -144,8 +146,11 @@ impl Found {
         } else {
             bail!("it is neither a file nor a folder");
         }
-        self.names.extend_from_slice(inside.as_os_str().as_bytes());
-        self.names.push(0);
+        let name = [inside.as_os_str().as_bytes(), b"\0"].concat();
+        self.names.extend_from_slice(&name);
+        if meta.is_dir() {
+            self.folders.extend_from_slice(&name);
+        }
         self.count += 1;
         above.push(this);
         for entry in entries {
@@ -160,7 +165,7 @@ impl Found {
 /// end of a connection between two files is no error to `tar`: only their number tells.
 fn unpacking(finding: &str, count: u64, how: How) -> String {
     let (kept, folder, old) = if how.preserve {
-        ("-p", r#"chmod "$(stat -c %a "$each")" "$path" && touch -m -r "$each" "$path" || failed=1"#, "true")
+        ("-p", r#"chmod "$mode" "$path" && touch -m -d "@$time" "$path" || failed=1"#, "true")
     } else {
         ("-m --no-same-permissions", ":", r#"chmod "$(stat -c %a "$path")" "$each""#)
     };
@@ -189,6 +194,7 @@ merge() {{
         [ -e "$each" ] || continue
         path=$2/${{each##*/}}
         if [ -d "$each" ] && [ -d "$path" ]; then
+            mode=$(stat -c %a "$each") time=$(stat -c %Y "$each")
             (merge "$each" "$path") || failed=1
             {folder}
         elif [ -d "$path" ] || {{ [ -d "$each" ] && [ -e "$path" ]; }}; then
@@ -202,7 +208,12 @@ merge() {{
     done
     return $failed
 }}
-merge "$part" "$path""#
+failed=0
+mode=$(stat -c %a "$part") time=$(stat -c %Y "$part")
+(merge "$part" "$path") || failed=1
+rm -rf "$part"
+{folder}
+exit $failed"#
     )
 }
 
@@ -211,6 +222,10 @@ fn send_folder(node: &Node<'_>, local: &Path, finding: &str, how: How) -> Result
     found.look(local, Path::new("."), &mut Vec::new());
     let mut names = tempfile::tempfile()?;
     names.write_all(&found.names)?;
+    if how.preserve {
+        // Not every tar gives a folder its time after what is written in it.
+        names.write_all(&found.folders)?;
+    }
     names.rewind()?;
     let mut tar = Command::new("tar");
     tar.arg("-C").arg(PathBuf::from(".").join(local)).args(["-c", "-h", "--no-recursion", "--null", "-T", "-", "-f", "-"]);
