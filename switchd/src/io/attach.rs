@@ -40,6 +40,8 @@ pub enum Work {
     Attach(Attach),
     /// Detach, and stop looking for its interface.
     Detach(PortSlot, PortId),
+    /// Look whether all guards stand.
+    Check,
     /// Answer when all that was asked before is done.
     Flush(Sender<()>),
 }
@@ -82,6 +84,7 @@ fn run(dataplane: &DataPlane, work: &Receiver<Work>, inputs: &tokio::sync::mpsc:
                 waiting.remove(&id);
                 dataplane.detach(slot, id);
             }
+            Ok(Work::Check) => dataplane.check_guards(),
             Ok(Work::Flush(done)) => drop(done.send(())),
             Err(RecvTimeoutError::Timeout) => look_again(dataplane, &mut waiting),
             Err(RecvTimeoutError::Disconnected) => return,

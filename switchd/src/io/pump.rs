@@ -3,6 +3,7 @@
 use crate::counters::Counters;
 use crate::drops::DropReason;
 use crate::io::dataplane::QuicDatagram;
+use crate::io::ports::Look;
 use crate::io::sys::{Batch, Received, VECTOR, now};
 use crate::io::udp::Mesh;
 use crate::port::{HEADROOM, MAX_FRAME, PortIo, ReadError, WriteError};
@@ -41,6 +42,8 @@ const PORTS: u64 = 2;
 pub(crate) enum Command {
     Attach(PortSlot, PortId, Box<dyn PortIo>),
     Detach(PortSlot, PortId, mpsc::Sender<()>),
+    /// Let go of its interface at once, as if it had gone.
+    Shut(PortSlot, PortId, mpsc::Sender<()>),
     Stop,
 }
 
@@ -54,7 +57,7 @@ pub(crate) struct Outside {
     pub(crate) commands: mpsc::Receiver<Command>,
     pub(crate) wake: Arc<EventFd>,
     /// Ports whose interface has gone, to be looked for.
-    pub(crate) lost: mpsc::Sender<(PortSlot, PortId)>,
+    pub(crate) lost: mpsc::Sender<Look>,
 }
 
 #[derive(Debug)]
@@ -72,7 +75,7 @@ struct Ways {
     waiting: HashMap<PortSlot, Waiting>,
     events: Sender<WorkerEvent>,
     counters: Arc<Counters>,
-    lost: mpsc::Sender<(PortSlot, PortId)>,
+    lost: mpsc::Sender<Look>,
 }
 
 #[derive(Debug)]
@@ -198,6 +201,12 @@ impl Pump {
                     }
                     let _ = done.send(());
                 }
+                Command::Shut(slot, id, done) => {
+                    if self.ways.ports.get(&slot).is_some_and(|(attached, _)| *attached == id) {
+                        self.ways.lose(slot);
+                    }
+                    let _ = done.send(());
+                }
             }
         }
         false
@@ -277,8 +286,7 @@ impl Ways {
     /// The port's interface has gone: frames for it wait while somebody looks for it.
     fn lose(&mut self, slot: PortSlot) {
         if let Some((id, _)) = self.ports.remove(&slot) {
-            tracing::info!(port = %id, "interface gone");
-            let _ = self.lost.send((slot, id));
+            let _ = self.lost.send(Look::Lost((slot, id)));
         }
     }
 

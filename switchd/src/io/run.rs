@@ -171,6 +171,7 @@ pub async fn run(path: &Path) -> Result<()> {
                         tracing::warn!(key, "cannot be changed while running: restart to make it so");
                     }
                     inputs.send(Input::Configure(Box::new(wanted(Some(&config), &new))))?;
+                    let _ = attach.send(attach::Work::Check);
                     tracing::info!("configuration read again");
                     let (networks, ports, join) = (new.networks, new.ports, new.join);
                     config = SwitchConfig { networks, ports, join, ..config };

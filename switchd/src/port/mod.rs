@@ -5,6 +5,7 @@ pub mod tap;
 pub mod vxlan;
 
 use crate::drops::DropReason;
+use crate::io::guard::Guards;
 use crate::io::sys::Batch;
 use crate::virtio::Offload;
 use std::fmt;
@@ -27,7 +28,9 @@ pub enum AttachError {
     #[error("got interface name {0:?}, want {INTERFACE_NAME}", INTERFACE_NAME = violin_common::id::INTERFACE_NAME)]
     BadName(String),
     /// The interface could not be closed to the host's own network stack, so it was left alone.
-    #[error("could not keep the host's own stack off interface {interface}: {why}; check that nft works here")]
+    #[error(
+        "could not keep the host's own stack off interface {interface}: {why}; check that its kernel has nf_tables with family netdev"
+    )]
     Guard {
         /// Which.
         interface: String,
@@ -93,19 +96,19 @@ pub trait PortIo: Send + fmt::Debug {
     }
 }
 
-/// Opens what a port is attached to, guard first. `mtu` is the network's; `guarded`: see [`crate::io::guard::close`].
-pub fn open(kind: &PortKind, mtu: u16, guarded: bool) -> Result<Box<dyn PortIo>, AttachError> {
+/// Opens what a port is attached to, guard first. `mtu` is the network's.
+pub fn open(kind: &PortKind, mtu: u16, guards: &mut Guards) -> Result<Box<dyn PortIo>, AttachError> {
     Ok(match kind {
-        PortKind::Packet { interface } => Box::new(packet::Packet::open(interface, guarded)?),
+        PortKind::Packet { interface } => Box::new(packet::Packet::open(interface, guards)?),
         PortKind::Tap { interface, netns } => Box::new(tap::Tap::open(interface, netns.as_deref(), mtu)?),
         PortKind::Vxlan { local, remote, remote_vni } => Box::new(vxlan::Vxlan::open(*local, *remote, *remote_vni, mtu)?),
     })
 }
 
 /// Undoes what [`open`] did to interfaces; to be called after the port was dropped.
-pub fn undo(kind: &PortKind) {
+pub fn undo(kind: &PortKind, guards: &mut Guards) {
     if let PortKind::Packet { interface } = kind {
-        crate::io::guard::open(interface);
+        guards.open(interface);
     }
 }
 

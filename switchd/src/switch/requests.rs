@@ -12,7 +12,8 @@ use violin_common::id::INTERFACE_NAME;
 use violin_common::{HostId, Instant, MacAddr, PortId, Vni, is_interface_name};
 
 impl Switch {
-    /// A request came; [`Command::Answer`] carries its answer, now or later. Counters and traffic are the data plane's.
+    /// A request came; [`Command::Answer`] carries its answer, now or later. Counters, traffic and the conditions of ports
+    /// are the data plane's.
     pub fn handle_request(&mut self, now: Instant, ticket: Ticket, request: SwitchRequest) {
         let reply = match request {
             SwitchRequest::Status => Ok(SwitchReply::Status(self.status(now))),
@@ -42,6 +43,7 @@ impl Switch {
             },
             SwitchRequest::Counters => Ok(SwitchReply::Counters(Vec::new())),
             SwitchRequest::Traffic => Ok(SwitchReply::Traffic(Vec::new())),
+            SwitchRequest::PortConditions => Ok(SwitchReply::PortConditions(Vec::new())),
             SwitchRequest::MoveGrant { vni, mac, to } => match self.move_grant(now, (vni, mac), &to) {
                 Ok(()) => return self.wait(now, ticket, (vni, mac), Until::Granted),
                 Err(why) => Err(why),

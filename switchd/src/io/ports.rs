@@ -1,0 +1,267 @@
+//! Ports that are to be open: what is known of their interfaces, who looks for those that have gone, who watches the guards.
+//!
+//! Locked over the whole of an opening, an undoing and a mending: a guard put in place while another thread takes it away would
+//! leave a port open without one. Read `guard.rs` first.
+
+use crate::io::dataplane::Line;
+use crate::io::guard::Guards;
+use crate::io::link;
+use crate::io::nft::{Keeping, Watch};
+use crate::io::pump::Command;
+use crate::port::{self, AttachError, PortIo};
+use crate::tables::PortSlot;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use violin_common::PortId;
+use violin_common::api::switch::{PortCondition, PortConditionSeen, PortKind};
+
+/// How often a lost interface is looked for at first, and for how many times.
+const LOOK_SOON: (Duration, u32) = (Duration::from_millis(2), 2500);
+/// How often afterwards.
+const LOOK_LATER: Duration = Duration::from_millis(100);
+/// How long the worker may take to let go of an interface without a guard.
+const SHUT: Duration = Duration::from_secs(2);
+/// How often the loss of one guard is said at most.
+const SAID: Duration = Duration::from_secs(60);
+
+/// A port by place and number.
+pub(crate) type Key = (PortSlot, PortId);
+
+/// What the thread that looks for interfaces is told.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Look {
+    /// The port has let go of an interface that has gone, or whose guard has.
+    Lost(Key),
+}
+
+#[derive(Debug)]
+struct Entry {
+    kind: PortKind,
+    mtu: u16,
+    condition: PortCondition,
+    /// What it waits for, or why.
+    what: Option<String>,
+    since: Instant,
+    guard_losses: u32,
+    said: Option<Instant>,
+}
+
+impl Entry {
+    fn is(&mut self, condition: PortCondition, what: Option<String>) {
+        if self.condition != condition {
+            (self.condition, self.since) = (condition, Instant::now());
+        }
+        self.what = what;
+    }
+
+    /// How it is when opening it ended so.
+    fn opened(&mut self, result: Result<(), &AttachError>) {
+        match result {
+            Ok(()) => self.is(PortCondition::Attached, None),
+            Err(AttachError::Guard { why, .. }) => self.is(PortCondition::GuardLost, Some(why.clone())),
+            Err(error) => self.is(PortCondition::Waiting, Some(error.to_string())),
+        }
+    }
+}
+
+/// See the head of this file.
+#[derive(Debug)]
+pub(crate) struct Ports {
+    entries: HashMap<Key, Entry>,
+    guards: Guards,
+}
+
+pub(crate) fn lock(ports: &Mutex<Ports>) -> MutexGuard<'_, Ports> {
+    ports.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Ports {
+    pub(crate) fn new(keeping: Keeping) -> Self {
+        Self { entries: HashMap::new(), guards: Guards::new(keeping) }
+    }
+
+    /// Opens a port. The first time an interface that is `expected` is not there, the guard is put in place ahead of it where
+    /// the kernel can do that: it saves the time when the guest arrives, and leaves no moment unguarded.
+    fn open(&mut self, kind: &PortKind, mtu: u16, expected: bool) -> Result<Box<dyn PortIo>, AttachError> {
+        let opened = port::open(kind, mtu, &mut self.guards);
+        if let (true, Err(AttachError::NotThere(_)), PortKind::Packet { interface }) = (expected, &opened, kind) {
+            self.guards.ahead(interface);
+        }
+        opened
+    }
+
+    /// Opens a port for the first time. One that is `arriving`, or was not taken, is remembered: a detach must undo its guard.
+    pub(crate) fn attach(&mut self, key: Key, kind: &PortKind, mtu: u16, arriving: bool) -> Result<Box<dyn PortIo>, AttachError> {
+        let opened = self.open(kind, mtu, arriving);
+        if arriving || !matches!(opened, Err(AttachError::NotThere(_) | AttachError::BadName(_))) {
+            let mut entry = Entry {
+                kind: kind.clone(),
+                mtu,
+                condition: PortCondition::Waiting,
+                what: None,
+                since: Instant::now(),
+                guard_losses: 0,
+                said: None,
+            };
+            entry.opened(opened.as_ref().map(|_| ()));
+            self.entries.insert(key, entry);
+        }
+        opened
+    }
+
+    /// Forgets a port; what it was attached to is to be undone once the worker has let go of it.
+    pub(crate) fn forget(&mut self, key: Key) -> Option<PortKind> {
+        self.entries.remove(&key).map(|entry| entry.kind)
+    }
+
+    pub(crate) fn undo(&mut self, kind: &PortKind) {
+        port::undo(kind, &mut self.guards);
+    }
+
+    /// How each port is.
+    pub(crate) fn conditions(&self) -> Vec<PortConditionSeen> {
+        let seen = self.entries.iter().map(|((_, id), entry)| PortConditionSeen {
+            port: *id,
+            condition: entry.condition,
+            what: entry.what.clone(),
+            since_s: entry.since.elapsed().as_secs(),
+            guard_losses: entry.guard_losses,
+        });
+        let mut seen: Vec<_> = seen.collect();
+        seen.sort_unstable_by_key(|seen| seen.port);
+        seen
+    }
+
+    /// Looks whether all guards stand.
+    pub(crate) fn check_guards(&mut self, line: &Line) {
+        for interface in self.guards.interfaces() {
+            if !self.guards.stands(&interface) {
+                self.mend(&interface, line);
+            }
+        }
+    }
+
+    /// Somebody took an interface's guard away, or changed it: it is put back at once. Where that cannot be done the port is
+    /// shut to its guest, and the interface to both, until it can.
+    fn mend(&mut self, interface: &str, line: &Line) {
+        self.guards.distrust(interface);
+        let mended = self.guards.drop_all(interface);
+        let is_its = |kind: &PortKind| matches!(kind, PortKind::Packet { interface: its } if its == interface);
+        let there = link::index(interface).is_some();
+        for (key, entry) in self.entries.iter_mut().filter(|(_, entry)| is_its(&entry.kind)) {
+            if entry.condition == PortCondition::GuardLost {
+                // Already shut: whoever looks for it opens it with its guard.
+                continue;
+            }
+            if mended.is_ok() || there {
+                entry.guard_losses = entry.guard_losses.saturating_add(1);
+            }
+            let say = entry.said.is_none_or(|said| said.elapsed() >= SAID);
+            match &mended {
+                Ok(()) if say => {
+                    entry.said = Some(Instant::now());
+                    tracing::warn!(
+                        port = %key.1, interface, losses = entry.guard_losses,
+                        "guard lost: somebody removed or changed the port's nft table (`nft flush ruleset` does); put back at once"
+                    );
+                }
+                Ok(()) => {}
+                Err(why) if there => {
+                    entry.is(PortCondition::GuardLost, Some(why.clone()));
+                    let down = shut(*key, interface, line);
+                    tracing::error!(
+                        port = %key.1, interface, why, ?down,
+                        "guard lost: it could not be put back, so the port is shut and its interface down; trying again"
+                    );
+                }
+                // Gone with its interface, as before Linux 6.16: guarded when it is back.
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+/// Shuts an interface that has no guard to guest and host. The worker would set it up again as long as it has it.
+fn shut(key: Key, interface: &str, line: &Line) -> io::Result<()> {
+    let (done, finished) = mpsc::channel();
+    let _ = link::set_down(interface);
+    line.say(Command::Shut(key.0, key.1, done));
+    let _ = finished.recv_timeout(SHUT);
+    link::set_down(interface)
+}
+
+/// Puts guards back that somebody takes away, until told to end.
+pub(crate) fn watch_guards(mut watch: Watch, end: &EventFd, line: &Line, ports: &Mutex<Ports>) {
+    loop {
+        let mut fds = [PollFd::new(watch.fd(), PollFlags::POLLIN), PollFd::new(end.as_fd(), PollFlags::POLLIN)];
+        if let Err(error) = poll(&mut fds, PollTimeout::NONE)
+            && error != nix::Error::EINTR
+        {
+            tracing::error!(%error, "guards cannot be watched");
+            return;
+        }
+        if fds[1].any().unwrap_or(false) {
+            return;
+        }
+        let mut ports = lock(ports);
+        let changes = watch.changed(ports.guards.port());
+        if changes.lost {
+            ports.check_guards(line);
+        }
+        for table in changes.tables {
+            if let Some(interface) = ports.guards.interface_of(&table) {
+                ports.mend(&interface, line);
+            }
+        }
+    }
+}
+
+/// Opens ports again whose interface has gone and come back, as when a guest takes its interface along and returns.
+pub(crate) fn look_for_lost(losses: &mpsc::Receiver<Look>, line: &Line, ports: &Mutex<Ports>) {
+    let mut lost: Vec<(Key, u32)> = Vec::new();
+    loop {
+        let soon = lost.iter().any(|(_, looks)| *looks < LOOK_SOON.1);
+        let pause = match (lost.is_empty(), soon) {
+            (true, _) => Duration::from_secs(3600),
+            (false, true) => LOOK_SOON.0,
+            (false, false) => LOOK_LATER,
+        };
+        match losses.recv_timeout(pause) {
+            Ok(Look::Lost(key)) => {
+                tracing::info!(port = %key.1, "interface gone");
+                lost.push((key, 0));
+            }
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        lost.retain_mut(|(key, looks)| {
+            *looks += 1;
+            let mut ports = lock(ports);
+            let Some((kind, mtu)) = ports.entries.get(key).map(|entry| (entry.kind.clone(), entry.mtu)) else { return false };
+            let opened = ports.open(&kind, mtu, true);
+            if let Some(entry) = ports.entries.get_mut(key) {
+                entry.opened(opened.as_ref().map(|_| ()));
+            }
+            match opened {
+                Ok(io) => {
+                    tracing::info!(port = %key.1, "interface is back");
+                    // Still locked: the detach of this port, if one is on its way, follows.
+                    line.say(Command::Attach(key.0, key.1, io));
+                    false
+                }
+                Err(AttachError::NotThere(_)) => true,
+                Err(error) => {
+                    tracing::debug!(port = %key.1, %error, "looking for the interface again");
+                    *looks = LOOK_SOON.1;
+                    true
+                }
+            }
+        });
+    }
+}
