@@ -72,6 +72,7 @@ fn condition(seen: Option<&PortConditionSeen>) -> String {
         PortCondition::Attached => return format!("attached, guard lost {} times and put back", seen.guard_losses),
         PortCondition::Waiting => "waiting",
         PortCondition::GuardLost => "guard lost",
+        PortCondition::Refused => "refused",
     };
     format!("{told} for {} s: {what}", seen.since_s)
 }

@@ -250,6 +250,8 @@ pub enum PortCondition {
     Waiting,
     /// Shut: the guard that keeps it apart from the host's own stack was taken away and could not be put back.
     GuardLost,
+    /// Its interface is needed by the host itself; tried again when the configuration is read again.
+    Refused,
 }
 
 /// How a port is.

@@ -1,8 +1,9 @@
 //! The data plane as the control side sees it: a handle to the worker's thread.
 
 use crate::counters::Counters;
+use crate::io::needs::Needs;
 use crate::io::nft::{Keeping, Watch};
-use crate::io::ports::{self, Ports};
+use crate::io::ports::{self, Look, Ports};
 use crate::io::pump::{Command, Outside, Pump};
 use crate::io::udp::Mesh;
 use crate::tables::{Forwarding, PortSlot, WorkerEvent};
@@ -72,6 +73,7 @@ impl Drop for Alive {
 pub struct DataPlane {
     line: Line,
     ports: Arc<Mutex<Ports>>,
+    look: mpsc::Sender<Look>,
     traffic: Arc<Traffic>,
     thread: Option<JoinHandle<()>>,
     ended: Arc<Notify>,
@@ -110,7 +112,8 @@ impl DataPlane {
         let traffic = Arc::new(Traffic::default());
         let mesh = Mesh::new(socket, counters.clone())?;
         let worker = Worker::new(counters.clone(), traffic.clone());
-        let outside = Outside { tables, counters, events, quic, commands: receiver, wake: wake.clone(), lost };
+        let outside_tables = Arc::clone(&tables);
+        let outside = Outside { tables, counters, events, quic, commands: receiver, wake: wake.clone(), lost: lost.clone() };
         let pump = Pump::new(mesh, worker, outside)?;
         let ended = Arc::new(Notify::new());
         let alive = || Alive(Arc::clone(&ended));
@@ -121,9 +124,9 @@ impl DataPlane {
         })?;
 
         let line = Line { commands, wake };
-        let ports = Arc::new(Mutex::new(Ports::new(keeping)));
+        let ports = Arc::new(Mutex::new(Ports::new(keeping, Arc::clone(&outside_tables))));
         let (looking_line, looking_ports) = (line.clone(), ports.clone());
-        // Ends when the worker does, which holds the other end of `losses`.
+        // Ends with the worker and the handle, which hold the other ends of `losses`.
         Builder::new().name("ports".into()).spawn(move || {
             let _looking = looking;
             ports::look_for_lost(&losses, &looking_line, &looking_ports);
@@ -137,7 +140,7 @@ impl DataPlane {
                 ports::watch_guards(watch, &end, &watching_line, &watching_ports);
             })?;
         }
-        Ok(Self { line, ports, traffic, thread: Some(thread), ended, watching })
+        Ok(Self { line, ports, look: lost, traffic, thread: Some(thread), ended, watching })
     }
 
     /// For another thread without which nothing goes on: it ends, [`Self::ended`] tells.
@@ -172,6 +175,13 @@ impl DataPlane {
         let _ = finished.recv_timeout(DETACH);
         if let Some(kind) = known {
             ports::lock(&self.ports).undo(&kind);
+        }
+    }
+
+    /// Says what the host itself needs interfaces for. Ports that were refused for it are tried again.
+    pub fn set_needs(&self, needs: Needs) {
+        for key in ports::lock(&self.ports).set_needs(needs) {
+            let _ = self.look.send(Look::Again(key));
         }
     }
 

@@ -4,6 +4,7 @@
 pub mod dataplane;
 pub mod guard;
 pub mod link;
+pub mod needs;
 pub mod netlink;
 pub mod nft;
 mod ports;

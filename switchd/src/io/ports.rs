@@ -6,17 +6,19 @@
 use crate::io::dataplane::Line;
 use crate::io::guard::Guards;
 use crate::io::link;
+use crate::io::needs::Needs;
 use crate::io::nft::{Keeping, Watch};
 use crate::io::pump::Command;
 use crate::port::{self, AttachError, PortIo};
-use crate::tables::PortSlot;
+use crate::tables::{Forwarding, PortSlot};
+use arc_swap::ArcSwap;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use violin_common::PortId;
 use violin_common::api::switch::{PortCondition, PortConditionSeen, PortKind};
@@ -38,6 +40,8 @@ pub(crate) type Key = (PortSlot, PortId);
 pub(crate) enum Look {
     /// The port has let go of an interface that has gone, or whose guard has.
     Lost(Key),
+    /// The port was refused its interface; look whether that has changed.
+    Again(Key),
 }
 
 #[derive(Debug)]
@@ -65,6 +69,7 @@ impl Entry {
         match result {
             Ok(()) => self.is(PortCondition::Attached, None),
             Err(AttachError::Guard { why, .. }) => self.is(PortCondition::GuardLost, Some(why.clone())),
+            Err(error @ AttachError::Needed { .. }) => self.is(PortCondition::Refused, Some(error.to_string())),
             Err(error) => self.is(PortCondition::Waiting, Some(error.to_string())),
         }
     }
@@ -75,6 +80,8 @@ impl Entry {
 pub(crate) struct Ports {
     entries: HashMap<Key, Entry>,
     guards: Guards,
+    tables: Arc<ArcSwap<Forwarding>>,
+    needs: Needs,
 }
 
 pub(crate) fn lock(ports: &Mutex<Ports>) -> MutexGuard<'_, Ports> {
@@ -82,13 +89,47 @@ pub(crate) fn lock(ports: &Mutex<Ports>) -> MutexGuard<'_, Ports> {
 }
 
 impl Ports {
-    pub(crate) fn new(keeping: Keeping) -> Self {
-        Self { entries: HashMap::new(), guards: Guards::new(keeping) }
+    pub(crate) fn new(keeping: Keeping, tables: Arc<ArcSwap<Forwarding>>) -> Self {
+        Self { entries: HashMap::new(), guards: Guards::new(keeping), tables, needs: Needs::default() }
+    }
+
+    /// Takes note of what the host itself needs; ports that were refused for it may be worth another try.
+    pub(crate) fn set_needs(&mut self, needs: Needs) -> Vec<Key> {
+        self.needs = needs;
+        let refused = self.entries.iter().filter(|(_, entry)| entry.condition == PortCondition::Refused);
+        refused.map(|(key, _)| *key).collect()
+    }
+
+    /// Refuses an interface that the host itself needs.
+    fn must_be_free(&self, interface: &str) -> Result<(), AttachError> {
+        let gateway = |entry: &Entry| match entry.kind {
+            PortKind::Vxlan { local, .. } if !local.ip().is_unspecified() => Some(local.ip()),
+            _ => None,
+        };
+        let others: Vec<_> = self.entries.values().filter_map(gateway).collect();
+        let mut needs = self.needs.clone();
+        needs.members.extend(self.tables.load().peers.iter().flatten().map(|peer| peer.address));
+        match needs.why(interface, &others) {
+            Ok(None) => Ok(()),
+            Ok(Some(why)) => Err(AttachError::Needed { interface: interface.into(), why }),
+            // A kernel that does not tell does not forbid either.
+            Err(error) => {
+                tracing::debug!(interface, %error, "what the host needs the interface for");
+                Ok(())
+            }
+        }
     }
 
     /// Opens a port. The first time an interface that is `expected` is not there, the guard is put in place ahead of it where
     /// the kernel can do that: it saves the time when the guest arrives, and leaves no moment unguarded.
     fn open(&mut self, kind: &PortKind, mtu: u16, expected: bool) -> Result<Box<dyn PortIo>, AttachError> {
+        if let PortKind::Packet { interface } = kind
+            && let Err(needed) = self.must_be_free(interface)
+        {
+            // A guard from before, or ahead of it, would cut the host off as well.
+            self.guards.open(interface);
+            return Err(needed);
+        }
         let opened = port::open(kind, mtu, &mut self.guards);
         if let (true, Err(AttachError::NotThere(_)), PortKind::Packet { interface }) = (expected, &opened, kind) {
             self.guards.ahead(interface);
@@ -99,7 +140,7 @@ impl Ports {
     /// Opens a port for the first time. One that is `arriving`, or was not taken, is remembered: a detach must undo its guard.
     pub(crate) fn attach(&mut self, key: Key, kind: &PortKind, mtu: u16, arriving: bool) -> Result<Box<dyn PortIo>, AttachError> {
         let opened = self.open(kind, mtu, arriving);
-        if arriving || !matches!(opened, Err(AttachError::NotThere(_) | AttachError::BadName(_))) {
+        if arriving || !matches!(opened, Err(AttachError::NotThere(_) | AttachError::BadName(_) | AttachError::Needed { .. })) {
             let mut entry = Entry {
                 kind: kind.clone(),
                 mtu,
@@ -237,6 +278,7 @@ pub(crate) fn look_for_lost(losses: &mpsc::Receiver<Look>, line: &Line, ports: &
                 tracing::info!(port = %key.1, "interface gone");
                 lost.push((key, 0));
             }
+            Ok(Look::Again(key)) => lost.push((key, 0)),
             Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => return,
         }
@@ -256,6 +298,11 @@ pub(crate) fn look_for_lost(losses: &mpsc::Receiver<Look>, line: &Line, ports: &
                     false
                 }
                 Err(AttachError::NotThere(_)) => true,
+                // Not tried again by itself: the moment the host's route is away for a while the host would lose it for good.
+                Err(error @ AttachError::Needed { .. }) => {
+                    tracing::error!(port = %key.1, %error, "port refused; SIGHUP tries again");
+                    false
+                }
                 Err(error) => {
                     tracing::debug!(port = %key.1, %error, "looking for the interface again");
                     *looks = LOOK_SOON.1;

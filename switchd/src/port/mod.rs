@@ -27,6 +27,17 @@ pub enum AttachError {
     /// A name no interface can have.
     #[error("got interface name {0:?}, want {INTERFACE_NAME}", INTERFACE_NAME = violin_common::id::INTERFACE_NAME)]
     BadName(String),
+    /// The host itself lives on it.
+    #[error(
+        "interface {interface} is needed by the host itself, which the port would cut off: {why}; want another interface, or \
+         `take-over = true` in the port's configuration if that is meant"
+    )]
+    Needed {
+        /// Which.
+        interface: String,
+        /// What for.
+        why: String,
+    },
     /// The interface could not be closed to the host's own network stack, so it was left alone.
     #[error(
         "could not keep the host's own stack off interface {interface}: {why}; check that its kernel has nf_tables with family netdev"
