@@ -112,6 +112,7 @@ impl DataPlane {
         let traffic = Arc::new(Traffic::default());
         let mesh = Mesh::new(socket, counters.clone())?;
         let worker = Worker::new(counters.clone(), traffic.clone());
+        let losses_told = events.clone();
         let outside_tables = Arc::clone(&tables);
         let outside = Outside { tables, counters, events, quic, commands: receiver, wake: wake.clone(), lost: lost.clone() };
         let pump = Pump::new(mesh, worker, outside)?;
@@ -129,7 +130,7 @@ impl DataPlane {
         // Ends with the worker and the handle, which hold the other ends of `losses`.
         Builder::new().name("ports".into()).spawn(move || {
             let _looking = looking;
-            ports::look_for_lost(&losses, &looking_line, &looking_ports);
+            ports::look_for_lost(&losses, &looking_line, &looking_ports, &losses_told);
         })?;
         let watching = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let (watching_line, watching_ports, end) = (line.clone(), ports.clone(), watching.clone());

@@ -10,7 +10,7 @@ use crate::io::needs::Needs;
 use crate::io::nft::{Keeping, Watch};
 use crate::io::pump::Command;
 use crate::port::{self, AttachError, PortIo};
-use crate::tables::{Forwarding, PortSlot};
+use crate::tables::{Forwarding, PortSlot, WorkerEvent};
 use arc_swap::ArcSwap;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
@@ -20,6 +20,8 @@ use std::os::fd::AsFd;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use tokio::sync::mpsc::Sender;
+use tokio::sync::mpsc::error::TrySendError;
 use violin_common::PortId;
 use violin_common::api::switch::{PortCondition, PortConditionSeen, PortKind};
 
@@ -264,11 +266,14 @@ pub(crate) fn watch_guards(mut watch: Watch, end: &EventFd, line: &Line, ports: 
 }
 
 /// Opens ports again whose interface has gone and come back, as when a guest takes its interface along and returns.
-pub(crate) fn look_for_lost(losses: &mpsc::Receiver<Look>, line: &Line, ports: &Mutex<Ports>) {
+pub(crate) fn look_for_lost(losses: &mpsc::Receiver<Look>, line: &Line, ports: &Mutex<Ports>, events: &Sender<WorkerEvent>) {
     let mut lost: Vec<(Key, u32)> = Vec::new();
+    // What the control side has yet to hear: it must, and nobody may wait for it here.
+    let mut untold: Vec<WorkerEvent> = Vec::new();
     loop {
+        untold.retain(|event| matches!(events.try_send(*event), Err(TrySendError::Full(_))));
         let soon = lost.iter().any(|(_, looks)| *looks < LOOK_SOON.1);
-        let pause = match (lost.is_empty(), soon) {
+        let pause = match (lost.is_empty() && untold.is_empty(), soon) {
             (true, _) => Duration::from_secs(3600),
             (false, true) => LOOK_SOON.0,
             (false, false) => LOOK_LATER,
@@ -276,6 +281,10 @@ pub(crate) fn look_for_lost(losses: &mpsc::Receiver<Look>, line: &Line, ports: &
         match losses.recv_timeout(pause) {
             Ok(Look::Lost(key)) => {
                 tracing::info!(port = %key.1, "interface gone");
+                let event = WorkerEvent::Lost { port: key.0, id: key.1 };
+                if matches!(events.try_send(event), Err(TrySendError::Full(_))) {
+                    untold.push(event);
+                }
                 lost.push((key, 0));
             }
             Ok(Look::Again(key)) => lost.push((key, 0)),

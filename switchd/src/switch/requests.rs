@@ -229,7 +229,7 @@ impl Switch {
         if let Some(key) = port.key() {
             self.moves.port_removed(now, key);
         }
-        self.flush_place(Place::Port(port.slot));
+        self.forget_stations(|slot| slot == port.slot);
         self.dirty = true;
         self.commands.push(Command::Detach { slot: port.slot, id });
         if let Some(ticket) = port.ticket {
