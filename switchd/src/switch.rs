@@ -11,7 +11,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
-pub use command::{Command, Wanted};
+pub use command::{Command, Expecting, Wanted};
 
 use crate::counters::PortCounters;
 use crate::fdb::Fdb;

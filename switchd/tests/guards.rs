@@ -12,6 +12,7 @@ use support::site::Site;
 use support::{Host, MTU, Namespace, guest, two_hosts, until, vni};
 use switchd::io::dataplane::DataPlane;
 use switchd::io::nft::Keeping;
+use switchd::switch::Expecting;
 use switchd::tables::PortSlot;
 use tokio::sync::mpsc;
 use violin_common::PortId;
@@ -179,7 +180,7 @@ fn a_switch_leaves_the_guards_of_another_alone() {
     });
     let attach = |number: u16, interface: &str| {
         let kind = PortKind::Packet { interface: interface.into() };
-        a.ns.enter(|| other.attach(PortSlot(number), PortId(number.into()), &kind, MTU, false))
+        a.ns.enter(|| other.attach(PortSlot(number), PortId(number.into()), &kind, MTU, Expecting::Now))
     };
     attach(2, "p2").unwrap();
     let handle = || {

@@ -6,6 +6,7 @@ use crate::io::nft::{Keeping, Watch};
 use crate::io::ports::{self, Look, Ports};
 use crate::io::pump::{Command, Outside, Pump};
 use crate::io::udp::Mesh;
+use crate::switch::Expecting;
 use crate::tables::{Forwarding, PortSlot, WorkerEvent};
 use crate::traffic::Traffic;
 use crate::worker::Worker;
@@ -158,14 +159,18 @@ impl DataPlane {
     /// frames for it are refused.
     ///
     /// `mtu` is the network's. Blocks for some milliseconds (guard), so call it where blocking is allowed. An interface
-    /// that vanishes later is looked for again until the port is detached. `arriving`: the interface may come later with
-    /// its guest; [`AttachError::NotThere`] is then expected, and frames for the port wait, bounded, while its gate is not
-    /// closed.
-    pub fn attach(&self, slot: PortSlot, id: PortId, kind: &PortKind, mtu: u16, arriving: bool) -> Result<(), AttachError> {
+    /// that vanishes later is looked for again until the port is detached. What may come later, by `expecting`, is looked for
+    /// from [`Self::look_for`] on; frames for the port wait meanwhile, bounded, while its gate is not closed.
+    pub fn attach(&self, slot: PortSlot, id: PortId, kind: &PortKind, mtu: u16, expecting: Expecting) -> Result<(), AttachError> {
         let mut ports = ports::lock(&self.ports);
-        let io = ports.attach((slot, id), kind, mtu, arriving)?;
+        let io = ports.attach((slot, id), kind, mtu, expecting)?;
         self.line.say(Command::Attach(slot, id, io));
         Ok(())
+    }
+
+    /// Looks for what a port waits for until it is there or the port is detached.
+    pub fn look_for(&self, slot: PortSlot, id: PortId) {
+        let _ = self.look.send(Look::Expected((slot, id)));
     }
 
     /// Lets go of a port and undoes what attaching did to its interface; an interface that is gone is no error.

@@ -10,6 +10,7 @@ use crate::io::needs::Needs;
 use crate::io::nft::{Keeping, Watch};
 use crate::io::pump::Command;
 use crate::port::{self, AttachError, PortIo};
+use crate::switch::Expecting;
 use crate::tables::{Forwarding, PortSlot, WorkerEvent};
 use arc_swap::ArcSwap;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -42,6 +43,8 @@ pub(crate) type Key = (PortSlot, PortId);
 pub(crate) enum Look {
     /// The port has let go of an interface that has gone, or whose guard has.
     Lost(Key),
+    /// What the port is attached to is not there yet.
+    Expected(Key),
     /// The port was refused its interface; look whether that has changed.
     Again(Key),
 }
@@ -50,6 +53,7 @@ pub(crate) enum Look {
 struct Entry {
     kind: PortKind,
     mtu: u16,
+    expecting: Expecting,
     condition: PortCondition,
     /// What it waits for, or why.
     what: Option<String>,
@@ -72,6 +76,7 @@ impl Entry {
             Ok(()) => self.is(PortCondition::Attached, None),
             Err(AttachError::Guard { why, .. }) => self.is(PortCondition::GuardLost, Some(why.clone())),
             Err(error @ AttachError::Needed { .. }) => self.is(PortCondition::Refused, Some(error.to_string())),
+            Err(AttachError::NotThere(what)) => self.is(PortCondition::Waiting, Some(what.clone())),
             Err(error) => self.is(PortCondition::Waiting, Some(error.to_string())),
         }
     }
@@ -126,6 +131,7 @@ impl Ports {
     /// the kernel can do that: it saves the time when the guest arrives, and leaves no moment unguarded.
     fn open(&mut self, kind: &PortKind, mtu: u16, expected: bool) -> Result<Box<dyn PortIo>, AttachError> {
         if let PortKind::Packet { interface } = kind
+            && link::index(interface).is_some()
             && let Err(needed) = self.must_be_free(interface)
         {
             // A guard from before, or ahead of it, would cut the host off as well.
@@ -139,13 +145,21 @@ impl Ports {
         opened
     }
 
-    /// Opens a port for the first time. One that is `arriving`, or was not taken, is remembered: a detach must undo its guard.
-    pub(crate) fn attach(&mut self, key: Key, kind: &PortKind, mtu: u16, arriving: bool) -> Result<Box<dyn PortIo>, AttachError> {
-        let opened = self.open(kind, mtu, arriving);
-        if arriving || !matches!(opened, Err(AttachError::NotThere(_) | AttachError::BadName(_) | AttachError::Needed { .. })) {
+    /// Opens a port for the first time. One that waits, or was not taken, is remembered: a detach must undo its guard.
+    pub(crate) fn attach(
+        &mut self,
+        key: Key,
+        kind: &PortKind,
+        mtu: u16,
+        expecting: Expecting,
+    ) -> Result<Box<dyn PortIo>, AttachError> {
+        let opened = self.open(kind, mtu, expecting == Expecting::Arrival);
+        let waits = opened.as_ref().is_err_and(|error| error.is_waited_for(expecting));
+        if waits || !matches!(opened, Err(AttachError::NotThere(_) | AttachError::BadName(_) | AttachError::Needed { .. })) {
             let mut entry = Entry {
                 kind: kind.clone(),
                 mtu,
+                expecting,
                 condition: PortCondition::Waiting,
                 what: None,
                 since: Instant::now(),
@@ -265,59 +279,91 @@ pub(crate) fn watch_guards(mut watch: Watch, end: &EventFd, line: &Line, ports: 
     }
 }
 
-/// Opens ports again whose interface has gone and come back, as when a guest takes its interface along and returns.
+/// A port whose interface is looked for.
+#[derive(Debug)]
+struct Looking {
+    key: Key,
+    /// It had one before.
+    lost: bool,
+    looks: u32,
+    due: Instant,
+    /// The last thing said about it.
+    said: Option<String>,
+}
+
+impl Looking {
+    fn new(key: Key, lost: bool) -> Self {
+        Self { key, lost, looks: 0, due: Instant::now(), said: None }
+    }
+
+    /// When to look next: soon for what has just been lost and for guests on their way.
+    fn again(&mut self, expecting: Expecting, hopeful: bool) {
+        self.looks = self.looks.saturating_add(1);
+        let soon = expecting == Expecting::Arrival || self.lost && self.looks < LOOK_SOON.1;
+        self.due = Instant::now() + if soon && hopeful { LOOK_SOON.0 } else { LOOK_LATER };
+    }
+
+    /// Looks; `false`: it need not be looked for any more.
+    fn look(&mut self, line: &Line, ports: &Mutex<Ports>) -> bool {
+        let (key, mut ports) = (self.key, lock(ports));
+        let Some(entry) = ports.entries.get(&key) else { return false };
+        let (kind, mtu, expecting) = (entry.kind.clone(), entry.mtu, entry.expecting);
+        let opened = ports.open(&kind, mtu, self.lost || expecting == Expecting::Arrival);
+        if let Some(entry) = ports.entries.get_mut(&key) {
+            entry.opened(opened.as_ref().map(|_| ()));
+        }
+        match opened {
+            Ok(io) => {
+                let what = if self.lost { "interface is back" } else { "what it waited for is there: attached" };
+                tracing::info!(port = %key.1, "{what}");
+                // Still locked: the detach of this port, if one is on its way, follows.
+                line.say(Command::Attach(key.0, key.1, io));
+                false
+            }
+            // Not tried again by itself: the moment the host's route is away for a while the host would lose it for good.
+            Err(error @ AttachError::Needed { .. }) => {
+                tracing::error!(port = %key.1, %error, "port refused; SIGHUP tries again");
+                false
+            }
+            Err(error) => {
+                let (hopeful, words) = (matches!(error, AttachError::NotThere(_)), error.to_string());
+                if !hopeful && self.said.as_ref() != Some(&words) {
+                    // What it is attached to is there and cannot be taken; it may yet be.
+                    tracing::warn!(port = %key.1, %error, "could not attach; trying again");
+                    self.said = Some(words);
+                }
+                self.again(expecting, hopeful);
+                true
+            }
+        }
+    }
+}
+
+/// Opens ports whose interface has gone or has yet to come, as when a guest takes its interface along and returns.
 pub(crate) fn look_for_lost(losses: &mpsc::Receiver<Look>, line: &Line, ports: &Mutex<Ports>, events: &Sender<WorkerEvent>) {
-    let mut lost: Vec<(Key, u32)> = Vec::new();
+    let mut all: Vec<Looking> = Vec::new();
     // What the control side has yet to hear: it must, and nobody may wait for it here.
     let mut untold: Vec<WorkerEvent> = Vec::new();
     loop {
         untold.retain(|event| matches!(events.try_send(*event), Err(TrySendError::Full(_))));
-        let soon = lost.iter().any(|(_, looks)| *looks < LOOK_SOON.1);
-        let pause = match (lost.is_empty() && untold.is_empty(), soon) {
-            (true, _) => Duration::from_secs(3600),
-            (false, true) => LOOK_SOON.0,
-            (false, false) => LOOK_LATER,
-        };
-        match losses.recv_timeout(pause) {
+        let retell = (!untold.is_empty()).then(|| Instant::now() + LOOK_LATER);
+        let next = all.iter().map(|looking| looking.due).chain(retell).min();
+        let pause = next.map_or(Duration::from_secs(3600), |next| next.saturating_duration_since(Instant::now()));
+        let (key, lost) = match losses.recv_timeout(pause) {
             Ok(Look::Lost(key)) => {
                 tracing::info!(port = %key.1, "interface gone");
-                let event = WorkerEvent::Lost { port: key.0, id: key.1 };
-                if matches!(events.try_send(event), Err(TrySendError::Full(_))) {
-                    untold.push(event);
-                }
-                lost.push((key, 0));
+                untold.push(WorkerEvent::Lost { port: key.0, id: key.1 });
+                (key, true)
             }
-            Ok(Look::Again(key)) => lost.push((key, 0)),
-            Err(RecvTimeoutError::Timeout) => (),
+            Ok(Look::Expected(key) | Look::Again(key)) => (key, false),
+            Err(RecvTimeoutError::Timeout) => {
+                let now = Instant::now();
+                all.retain_mut(|looking| looking.due > now || looking.look(line, ports));
+                continue;
+            }
             Err(RecvTimeoutError::Disconnected) => return,
-        }
-        lost.retain_mut(|(key, looks)| {
-            *looks += 1;
-            let mut ports = lock(ports);
-            let Some((kind, mtu)) = ports.entries.get(key).map(|entry| (entry.kind.clone(), entry.mtu)) else { return false };
-            let opened = ports.open(&kind, mtu, true);
-            if let Some(entry) = ports.entries.get_mut(key) {
-                entry.opened(opened.as_ref().map(|_| ()));
-            }
-            match opened {
-                Ok(io) => {
-                    tracing::info!(port = %key.1, "interface is back");
-                    // Still locked: the detach of this port, if one is on its way, follows.
-                    line.say(Command::Attach(key.0, key.1, io));
-                    false
-                }
-                Err(AttachError::NotThere(_)) => true,
-                // Not tried again by itself: the moment the host's route is away for a while the host would lose it for good.
-                Err(error @ AttachError::Needed { .. }) => {
-                    tracing::error!(port = %key.1, %error, "port refused; SIGHUP tries again");
-                    false
-                }
-                Err(error) => {
-                    tracing::debug!(port = %key.1, %error, "looking for the interface again");
-                    *looks = LOOK_SOON.1;
-                    true
-                }
-            }
-        });
+        };
+        all.retain(|looking| looking.key != key);
+        all.push(Looking::new(key, lost));
     }
 }

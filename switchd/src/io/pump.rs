@@ -33,6 +33,9 @@ const WORTH: Duration = Duration::from_secs(10);
 /// Time between two looks at the clock's work.
 const TICK: Duration = Duration::from_millis(100);
 
+/// After how many of them ports are asked whether they have gone.
+const GONE_EVERY: u32 = 5;
+
 const WAKE: u64 = 0;
 const MESH: u64 = 1;
 const PORTS: u64 = 2;
@@ -91,6 +94,7 @@ pub(crate) struct Pump {
     frames: Batch,
     datagrams: Batch,
     ticked: Instant,
+    ticks: u32,
 }
 
 impl Pump {
@@ -118,6 +122,7 @@ impl Pump {
             frames: Batch::new(VECTOR, MAX_FRAME, HEADROOM),
             datagrams: Mesh::batch(),
             ticked: now(),
+            ticks: 0,
         })
     }
 
@@ -164,6 +169,11 @@ impl Pump {
         }
         self.ticked = now;
         self.worker.tick(now);
+        self.ticks = self.ticks.wrapping_add(1);
+        if self.ticks.is_multiple_of(GONE_EVERY) {
+            let gone: Vec<_> = self.ways.ports.iter().filter(|(_, (_, io))| io.is_gone()).map(|(slot, _)| *slot).collect();
+            gone.into_iter().for_each(|slot| self.ways.lose(slot));
+        }
         self.ways.counters.drops.add(DropReason::TunnelOverrun, self.ways.mesh.losses());
         for (_, port) in self.ways.ports.values_mut() {
             self.ways.counters.drops.add(DropReason::PortOverrun, port.losses());

@@ -7,6 +7,7 @@ pub mod vxlan;
 use crate::drops::DropReason;
 use crate::io::guard::Guards;
 use crate::io::sys::Batch;
+use crate::switch::Expecting;
 use crate::virtio::Offload;
 use std::fmt;
 use std::io;
@@ -21,8 +22,8 @@ pub const HEADROOM: usize = 4;
 /// A port could not be attached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// The interface does not exist (yet).
-    #[error("interface {0} is not there: create it, or wait until the guest that owns it arrives")]
+    /// What it is attached to does not exist (yet); named in words.
+    #[error("{0} is not there: create it, or wait until the guest that owns it arrives")]
     NotThere(String),
     /// A name no interface can have.
     #[error("got interface name {0:?}, want {INTERFACE_NAME}", INTERFACE_NAME = violin_common::id::INTERFACE_NAME)]
@@ -59,6 +60,19 @@ pub enum AttachError {
 }
 
 impl AttachError {
+    pub(crate) fn no_interface(interface: &str) -> Self {
+        Self::NotThere(format!("interface {interface}"))
+    }
+
+    /// Whether somebody who expects the port later waits for this to end.
+    pub fn is_waited_for(&self, expecting: Expecting) -> bool {
+        match expecting {
+            Expecting::Now => false,
+            Expecting::Later => !matches!(self, Self::BadName(_) | Self::Needed { .. }),
+            Expecting::Arrival => matches!(self, Self::NotThere(_)),
+        }
+    }
+
     pub(crate) fn io<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
         move |source| Self::Io { what: what.into(), source: source.into() }
     }
@@ -99,6 +113,11 @@ pub trait PortIo: Send + fmt::Debug {
     /// Frames lost between interface and us since the last call.
     fn losses(&mut self) -> u64 {
         0
+    }
+
+    /// Whether what it is attached to has gone in a way that neither reading nor writing tells. Asked twice a second.
+    fn is_gone(&self) -> bool {
+        false
     }
 
     /// Largest layer-3 packet a foreign tunnel end takes.

@@ -34,7 +34,7 @@ impl Packet {
         if !violin_common::is_interface_name(interface) {
             return Err(AttachError::BadName(interface.into()));
         }
-        let not_there = || AttachError::NotThere(interface.into());
+        let not_there = || AttachError::no_interface(interface);
         let index = link::index(interface).ok_or_else(not_there)?;
         let guard_failed = |why| match link::index(interface) {
             Some(_) => AttachError::Guard { interface: interface.into(), why },

@@ -1,6 +1,6 @@
 //! What operators and monitors ask.
 
-use super::{Command, Net, PortState, Switch, Ticket, WAIT, Waiter, Wanted};
+use super::{Command, Expecting, Net, PortState, Switch, Ticket, WAIT, Waiter, Wanted};
 use crate::moves::{Key, Until};
 use crate::tables::{Place, PortSlot};
 use std::sync::Arc;
@@ -163,7 +163,11 @@ impl Switch {
         let free = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
         let slot = PortSlot(u16::try_from(free).map_err(|_| "got one more port, want at most 65536".to_owned())?);
         let id = PortId(self.next_port);
-        let arriving = spec.owned.as_ref().is_some_and(|owned| owned.ownership == Ownership::Arriving);
+        let expecting = match &spec.owned {
+            Some(owned) if owned.ownership == Ownership::Arriving => Expecting::Arrival,
+            _ if patient => Expecting::Later,
+            _ => Expecting::Now,
+        };
         if let Some(owned) = &spec.owned {
             let key = (spec.vni, owned.mac);
             self.moves.port_added(now, key, id, owned.vm.clone(), owned.ownership, self.settled)?;
@@ -177,7 +181,7 @@ impl Switch {
         }
         self.flush_place(Place::Port(slot));
         self.dirty = true;
-        self.commands.push(Command::Attach { slot, id, kind: spec.kind.clone(), mtu, arriving, patient: patient || arriving });
+        self.commands.push(Command::Attach { slot, id, kind: spec.kind.clone(), mtu, expecting });
         self.ports.insert(id, PortState { slot, spec, traffic: Arc::default(), ticket });
         Ok(None)
     }

@@ -17,6 +17,7 @@ use switchd::counters::Counters;
 use switchd::fdb::Fdb;
 use switchd::io::dataplane::{DataPlane, QuicDatagram};
 use switchd::io::nft::Keeping;
+use switchd::switch::Expecting;
 use switchd::tables::{Forwarding, Gate, Network, Peer, PeerSlot, Port, PortSlot, SourceRule, WorkerEvent};
 use tokio::sync::mpsc;
 use violin_common::api::switch::{PortConditionSeen, PortKind};
@@ -217,7 +218,7 @@ impl Host {
     }
 
     pub fn attach(&self, (slot, id): (PortSlot, PortId), kind: &PortKind, mtu: u16) {
-        self.ns.enter(|| self.plane().attach(slot, id, kind, mtu, false).unwrap());
+        self.ns.enter(|| self.plane().attach(slot, id, kind, mtu, Expecting::Now).unwrap());
     }
 
     /// A port on an interface of this host.
