@@ -11,7 +11,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
-pub use command::{Command, Wanted};
+pub use command::{Command, Expecting, Wanted};
 
 use crate::counters::PortCounters;
 use crate::fdb::Fdb;
@@ -23,7 +23,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use violin_common::api::switch::{NetworkSpec, PortSpec, SwitchReply};
-use violin_common::control::mesh::{Aead, Hello, Message, OLDEST, PROTOCOL};
+use violin_common::control::mesh::{Aead, Hello, Message, OLDEST, PROTOCOL, feature};
 use violin_common::{DomainId, HostId, Instant, MacAddr, PortId, Vni};
 
 /// After this time ports that run here claim their MACs even if not all members were reached.
@@ -34,6 +34,8 @@ pub const WAIT: Duration = Duration::from_secs(10);
 const ANNOUNCEMENTS: u32 = 64;
 /// How often FDBs are swept; workers look at an entry's age when they use it.
 const AGE_EVERY: Duration = Duration::from_secs(1);
+/// Stations in one message: about 90 KiB.
+const STATIONS_CHUNK: usize = 4096;
 /// Owned MACs in one message: about 150 KiB.
 const OWNED_CHUNK: usize = 4096;
 
@@ -230,6 +232,9 @@ impl Switch {
             return;
         }
         self.aged = now;
+        // A worker may have learned from a port it did not yet know to be removed.
+        let slots = self.slots.clone();
+        self.forget_stations(|slot| slots.get(usize::from(slot.0)).copied().flatten().is_none());
         for network in self.networks.values() {
             network.fdb.age(now, Duration::from_secs(network.spec.ageing_s.into()));
         }
@@ -242,7 +247,7 @@ impl Switch {
         let hello = Hello {
             oldest: OLDEST,
             newest: PROTOCOL,
-            features: 0,
+            features: feature::FORGET,
             host: self.nature.host.clone(),
             domain: self.nature.domain.clone(),
             boot: self.nature.boot,
@@ -280,6 +285,19 @@ impl Switch {
         }
     }
 
+    /// Stations learned at these ports are there no more: forgets them here and tells everybody, who would send there until
+    /// they have aged. They are flooded to until they are heard again, wherever that is.
+    fn forget_stations(&mut self, gone: impl Fn(PortSlot) -> bool) {
+        let gone = |place| matches!(place, Place::Port(slot) if gone(slot));
+        let forgotten: Vec<_> = self.networks.iter().map(|(vni, network)| (*vni, network.fdb.take_places(gone))).collect();
+        for (vni, stations) in forgotten {
+            for stations in stations.chunks(STATIONS_CHUNK) {
+                let understands = |hello: &Hello| hello.features & feature::FORGET != 0;
+                self.tell_carriers_that(vni, &Message::Forgotten { vni, stations: stations.to_vec() }, understands);
+            }
+        }
+    }
+
     fn flush_owned(&self, key: Key) {
         if let Some(network) = self.networks.get(&key.0) {
             network.fdb.flush_mac(key.1);
@@ -295,6 +313,9 @@ impl Switch {
                 self.tell_carriers(vni, &Message::Learned { vni, vid, mac });
             }
             WorkerEvent::Learned { .. } => {}
+            WorkerEvent::Lost { port, id } if self.port_of(port) == Some(id) => self.forget_stations(|slot| slot == port),
+            // Removed since, and what was learned there with it.
+            WorkerEvent::Lost { .. } => {}
             WorkerEvent::Oversize { port, len } => {
                 let port = self.port_of(port).and_then(|id| Some((id, &self.ports.get(&id)?.spec)));
                 let Some((port, spec)) = port else { return };
@@ -314,10 +335,14 @@ impl Switch {
     }
 
     fn tell_carriers(&mut self, vni: Vni, message: &Message) {
+        self.tell_carriers_that(vni, message, |_| true);
+    }
+
+    fn tell_carriers_that(&mut self, vni: Vni, message: &Message, which: impl Fn(&Hello) -> bool) {
         let carriers: Vec<LinkId> = self
             .members
             .connected_links()
-            .filter(|(_, _, _, link)| link.networks.contains(&vni))
+            .filter(|(_, _, _, link)| link.networks.contains(&vni) && link.hello.as_ref().is_some_and(&which))
             .map(|(_, _, id, _)| id)
             .collect();
         for link in carriers {

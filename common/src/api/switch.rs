@@ -179,6 +179,8 @@ pub enum SwitchRequest {
         /// The VM's MAC.
         mac: MacAddr,
     },
+    /// Answers [`SwitchReply::PortConditions`].
+    PortConditions,
 }
 
 /// The daemon at a glance.
@@ -236,6 +238,36 @@ pub struct PortSeen {
     pub epoch: Option<Epoch>,
     /// What went through.
     pub traffic: PortTraffic,
+}
+
+/// Whether a port works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PortCondition {
+    /// Attached: frames flow.
+    Attached,
+    /// What it is attached to is not there (yet).
+    Waiting,
+    /// Shut: the guard that keeps it apart from the host's own stack was taken away and could not be put back.
+    GuardLost,
+    /// Its interface is needed by the host itself; tried again when the configuration is read again.
+    Refused,
+}
+
+/// How a port is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PortConditionSeen {
+    /// Which.
+    pub port: PortId,
+    /// Whether it works.
+    pub condition: PortCondition,
+    /// What it waits for, or why it is shut.
+    pub what: Option<String>,
+    /// For how many seconds that has been so.
+    pub since_s: u64,
+    /// How often somebody took its guard away; where it is attached, it was put back.
+    pub guard_losses: u32,
 }
 
 /// A peer as listed.
@@ -352,4 +384,6 @@ pub enum SwitchReply {
     Traffic(Vec<TrafficSeen>),
     /// To `MoveStatus`.
     Move(MoveSeen),
+    /// To `PortConditions`.
+    PortConditions(Vec<PortConditionSeen>),
 }

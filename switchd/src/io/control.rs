@@ -243,8 +243,8 @@ impl Actor {
                     self.parts.tables.store(Arc::new(*tables));
                     self.parts.dataplane.wake();
                 }
-                Command::Attach { slot, id, kind, mtu, arriving, patient } => {
-                    let _ = self.parts.attach.send(Work::Attach(Attach { slot, id, kind, mtu, arriving, patient }));
+                Command::Attach { slot, id, kind, mtu, expecting } => {
+                    let _ = self.parts.attach.send(Work::Attach(Attach { slot, id, kind, mtu, expecting }));
                 }
                 Command::Detach { slot, id } => drop(self.parts.attach.send(Work::Detach(slot, id))),
                 Command::Call(call) => {

@@ -60,6 +60,7 @@ impl Switch {
                 self.flush_owned((owned.vni, owned.mac));
                 self.dirty = true;
             }
+            Message::Forgotten { vni, stations } => self.forgotten(id, vni, &stations.into_iter().collect()),
             Message::Leave => {
                 tracing::info!(peer = %from, "peer left");
                 self.forget_place(&from);
@@ -162,6 +163,14 @@ impl Switch {
         let ageing = std::time::Duration::from_secs(network.spec.ageing_s.into());
         if !self.is_owned(vni, mac) {
             network.fdb.correct(now, vid, mac, Place::Peer(slot), ageing);
+        }
+    }
+
+    /// Stations are not at a peer's place any more. Those that were heard elsewhere meanwhile stay where they are.
+    fn forgotten(&self, id: LinkId, vni: Vni, stations: &HashSet<(u16, MacAddr)>) {
+        let place = self.members.link(id).and_then(|link| self.members.slot(&link.host)).map(Place::Peer);
+        if let (Some(place), Some(network)) = (place, self.networks.get(&vni)) {
+            network.fdb.flush_stations(place, stations);
         }
     }
 }

@@ -7,7 +7,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use violin_channel::local::blocking::ask;
 use violin_channel::pki;
-use violin_common::api::switch::{MoveState, OwnedMac, Ownership, PeerSeen, PortKind, PortSpec, SwitchReply, SwitchRequest};
+use violin_common::api::switch::{
+    MoveState, OwnedMac, Ownership, PeerSeen, PortConditionSeen, PortKind, PortSpec, SwitchReply, SwitchRequest,
+};
 use violin_common::{HostId, MacAddr};
 
 pub const VNI: u32 = 5;
@@ -157,6 +159,13 @@ impl Site {
     pub fn peers(&self, number: usize) -> Vec<PeerSeen> {
         match self.ask(number, SwitchRequest::PeerList) {
             Ok(SwitchReply::Peers(peers)) => peers,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn conditions(&self, number: usize) -> Vec<PortConditionSeen> {
+        match self.ask(number, SwitchRequest::PortConditions) {
+            Ok(SwitchReply::PortConditions(seen)) => seen,
             other => panic!("{other:?}"),
         }
     }
