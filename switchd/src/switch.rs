@@ -5,17 +5,20 @@
 //! `switch/requests.rs` (what operators and monitors ask) next; `io/control.rs` carries the commands out.
 
 mod command;
+mod contest;
 mod heard;
+mod peers;
 mod requests;
 mod tables;
 #[cfg(test)]
 mod tests;
 
 pub use command::{Command, Expecting, Wanted};
+use contest::Contest;
 
 use crate::counters::PortCounters;
 use crate::fdb::Fdb;
-use crate::members::{Call, Ends, LinkId, Members};
+use crate::members::{Call, Ends, LinkId, Members, Told};
 use crate::moves::{Effect, Key, Moves, Until};
 use crate::tables::{PeerSlot, Place, PortSlot, WorkerEvent};
 use std::collections::BTreeMap;
@@ -61,6 +64,8 @@ pub struct Refusals {
     pub hints: u64,
     /// Owned MACs that no port here can have, or beyond what there is room for.
     pub macs: u64,
+    /// HELLOs of second switches with one certificate.
+    pub twins: u64,
 }
 
 /// A request that waits for its answer, numbered by whoever asks.
@@ -114,6 +119,8 @@ pub struct Switch {
     /// Learned MACs that may still be announced in this tick.
     announcements: u32,
     random: u64,
+    /// Callers whose place somebody else has, until that one answers or is gone.
+    contests: BTreeMap<LinkId, Contest>,
     commands: Vec<Command>,
 }
 
@@ -137,6 +144,7 @@ impl Switch {
             aged: now,
             announcements: ANNOUNCEMENTS,
             random: seed,
+            contests: BTreeMap::new(),
             commands: Vec::new(),
         }
     }
@@ -260,16 +268,30 @@ impl Switch {
     }
 
     /// A call has ended, in a connection or not.
-    pub fn handle_called(&mut self, now: Instant, call: &Call) {
-        self.members.called(now, call);
+    pub fn handle_called(&mut self, now: Instant, call: &Call, failed: Option<&Told>) {
+        self.members.called(now, call, failed);
+    }
+
+    /// The other end refuses this connection, in its words; [`Self::handle_closed`] follows.
+    pub fn handle_refused(&mut self, now: Instant, link: LinkId, why: &str) {
+        if let Some((peer, address)) = self.members.refused(now, link, &Told::Refuses(why.to_owned())) {
+            tracing::warn!(%peer, %address, "the peer refuses us, and is called again all the same: {why}");
+        }
     }
 
     /// A connection has ended.
     pub fn handle_closed(&mut self, now: Instant, link: LinkId) {
-        let Some(host) = self.members.closed(now, link) else { return };
-        tracing::info!(peer = %host, "peer lost");
-        self.forget_place(&host);
-        self.moves.peer_down(now, &host);
+        self.contests.remove(&link);
+        if let Some(host) = self.members.closed(now, link) {
+            if self.members.refuses_us(&host) {
+                tracing::debug!(peer = %host, "peer lost");
+            } else {
+                tracing::info!(peer = %host, "peer lost");
+            }
+            self.forget_place(&host);
+            self.moves.peer_down(now, &host);
+        }
+        self.contest_won(now, link);
     }
 
     fn forget_place(&mut self, host: &HostId) {
@@ -384,7 +406,7 @@ impl Switch {
 
     /// What was not kept of what peers said.
     pub const fn refusals(&self) -> Refusals {
-        Refusals { hints: self.members.hints_refused, macs: self.moves.macs_refused }
+        Refusals { hints: self.members.hints_refused, macs: self.moves.macs_refused, twins: self.members.twins_refused }
     }
 
     /// The address of the peer at a connection's end, for those that keep figures of connections.

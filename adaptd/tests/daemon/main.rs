@@ -1030,3 +1030,38 @@ async fn an_order_to_give_up_a_move_is_answered_while_the_move_waits_for_a_host(
     deployment.until("it is there", |deployment| deployment.moved() == ["alpha-c1 h1 h3"]).await;
     let _ = asking.await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_monitor_with_one_certificate_is_refused_and_the_first_stays() {
+    let mut deployment = Deployment::new("observe").await;
+    let gone = deployment.log().matches("monitor gone").count();
+
+    deployment.start_second_monitor("h1");
+
+    let troubles = |deployment: &Deployment| of_host(deployment, "h1").map(|host| host.troubles).unwrap_or_default();
+    let calls = |words: &str| words.contains("calls from 127.0.0.1 and is refused") && !words.contains(" 1 calls");
+    deployment.until("it is refused more than once", |deployment| troubles(deployment).iter().any(|words| calls(words))).await;
+    assert!(of_host(&deployment, "h1").unwrap().connected);
+    let log = deployment.log();
+    assert_eq!(log.matches("two monitors use the certificate of h1").count(), 1, "{log}");
+    assert_eq!(log.matches("monitor gone").count(), gone, "{log}");
+
+    // Its place is free: the second one may have it.
+    deployment.kill_monitor("h1");
+    let back = |deployment: &Deployment| deployment.log().matches("monitor connected host=h1").count() == 2;
+    deployment.until("the second one takes the place", back).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_monitor_that_started_anew_is_taken_although_the_connection_of_the_old_one_still_stands() {
+    let mut deployment = Deployment::new("observe").await;
+    let came = |count| move |deployment: &Deployment| deployment.log().matches("monitor connected host=h1").count() == count;
+    let freeze = deployment.freeze_monitor("h1");
+    deployment.until("it is connected again", came(2)).await;
+    freeze.send(()).unwrap();
+
+    deployment.start_monitor("h1");
+
+    deployment.until("the new one is taken", came(3)).await;
+    assert_eq!(deployment.log().matches("two monitors").count(), 0);
+}

@@ -5,7 +5,8 @@ use crate::target::Target;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use violin_common::api::switch::{
-    Counter, FdbEntry, FdbPlace, PeerSeen, PortCondition, PortConditionSeen, PortKind, PortSeen, SwitchReply, SwitchRequest,
+    Counter, FdbEntry, FdbPlace, PeerSeen, PeerTrouble, PortCondition, PortConditionSeen, PortKind, PortSeen, SwitchReply,
+    SwitchRequest,
 };
 use violin_common::{HostId, Vni};
 
@@ -17,11 +18,23 @@ pub(crate) struct Of {
     host: Option<HostId>,
 }
 
-#[derive(Serialize)]
 struct On<T> {
     host: Option<HostId>,
-    #[serde(flatten)]
     what: T,
+}
+
+/// The host comes first as `host`; where what is listed has a `host` of its own (peers), as `at`.
+impl<T: Serialize> Serialize for On<T> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::Error;
+        let mut all = serde_json::Map::new();
+        if let serde_json::Value::Object(fields) = serde_json::to_value(&self.what).map_err(S::Error::custom)? {
+            let key = if fields.contains_key("host") { "at" } else { "host" };
+            all.insert(key.into(), serde_json::to_value(&self.host).map_err(S::Error::custom)?);
+            all.extend(fields);
+        }
+        all.serialize(serializer)
+    }
 }
 
 /// Asks each host's switch and prints what those that answer say. One that does not must not hide the others, just when they
@@ -140,22 +153,28 @@ pub(crate) fn peers(target: &Target, output: Output, of: Of) -> Result<()> {
         },
         output,
         (
-            ["HOST", "PEER", "DOMAIN", "ADDRESS", "CONNECTED", "RTT", "NETWORKS", "OUT", "IN"],
+            ["HOST", "PEER", "DOMAIN", "ADDRESS", "CONNECTED", "RTT", "NETWORKS", "OUT", "IN", "TROUBLE"],
             |On { host, what: peer }: &On<PeerSeen>| {
                 [
                     or_dash(host.as_ref()),
-                    peer.host.to_string(),
-                    peer.domain.to_string(),
+                    or_dash(peer.host.as_ref()),
+                    or_dash(peer.domain.as_ref()),
                     peer.address.to_string(),
                     if peer.connected { "yes" } else { "no" }.to_owned(),
                     or_dash(peer.rtt_ms.map(|rtt| format!("{rtt:.2} ms"))),
                     joined(&peer.networks),
                     format!("{} datagrams", peer.datagrams_out),
                     format!("{} datagrams", peer.datagrams_in),
+                    or_dash(troubles(&peer.troubles)),
                 ]
             },
         ),
     )
+}
+
+fn troubles(troubles: &[PeerTrouble]) -> Option<String> {
+    let words = troubles.iter().map(|trouble| format!("for {} s: {}", trouble.for_s, trouble.why));
+    Some(words.collect::<Vec<_>>().join("; ")).filter(|words| !words.is_empty())
 }
 
 /// Lists the FDB.

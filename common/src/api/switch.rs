@@ -270,14 +270,40 @@ pub struct PortConditionSeen {
     pub guard_losses: u32,
 }
 
-/// A peer as listed.
+/// What kind of trouble there is with a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TroubleKind {
+    /// Nobody answers where it is called.
+    NoAnswer,
+    /// It was connected, and is not any more.
+    Lost,
+    /// It refuses us, or we refuse it.
+    Refused,
+    /// A second switch with the same certificate is refused.
+    Twin,
+}
+
+/// What is wrong with a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PeerTrouble {
+    /// What kind of.
+    pub kind: TroubleKind,
+    /// In words, with what to do.
+    pub why: String,
+    /// For how many seconds.
+    pub for_s: u64,
+}
+
+/// A peer as listed: every member that is known, every `join` address nobody has answered at, and whoever has our own name.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct PeerSeen {
-    /// Its host.
-    pub host: HostId,
-    /// Its domain.
-    pub domain: DomainId,
+    /// Its host; none: a `join` address nobody has answered at.
+    pub host: Option<HostId>,
+    /// Its domain; none: it was never connected.
+    pub domain: Option<DomainId>,
     /// Where its mesh port is.
     pub address: SocketAddr,
     /// Whether the control channel stands.
@@ -290,6 +316,9 @@ pub struct PeerSeen {
     pub datagrams_out: u64,
     /// See above.
     pub datagrams_in: u64,
+    /// Why it is not connected, and what else is wrong with it.
+    #[serde(default)]
+    pub troubles: Vec<PeerTrouble>,
 }
 
 /// Where a MAC is.

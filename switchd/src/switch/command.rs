@@ -59,6 +59,13 @@ pub enum Command {
         link: LinkId,
         /// Why, told to the peer.
         why: String,
+        /// Whether the peer is refused: it has to be changed, calling again is of no use.
+        refused: bool,
+    },
+    /// Look whether the peer at the end of a connection still answers; if so, [`super::Switch::handle_answers`].
+    Watch {
+        /// Which.
+        link: LinkId,
     },
     /// Answer a request.
     Answer {

@@ -5,7 +5,7 @@ use crate::moves::{Key, Until};
 use crate::tables::{Place, PortSlot};
 use std::sync::Arc;
 use violin_common::api::switch::{
-    FdbEntry, FdbPlace, NetworkSpec, Ownership, PeerSeen, PortKind, PortSeen, PortSpec, SwitchReply, SwitchRequest, SwitchStatus,
+    FdbEntry, FdbPlace, NetworkSpec, Ownership, PortKind, PortSeen, PortSpec, SwitchReply, SwitchRequest, SwitchStatus,
 };
 use violin_common::control::mesh::Message;
 use violin_common::id::INTERFACE_NAME;
@@ -32,7 +32,7 @@ impl Switch {
                 Ok(SwitchReply::Done)
             }
             SwitchRequest::PortList => Ok(SwitchReply::Ports(self.port_list())),
-            SwitchRequest::PeerList => Ok(SwitchReply::Peers(self.peer_list())),
+            SwitchRequest::PeerList => Ok(SwitchReply::Peers(self.peer_list(now))),
             SwitchRequest::FdbList { vni } => Ok(SwitchReply::Fdb(self.fdb_list(now, vni))),
             SwitchRequest::FdbFlush { vni } => match self.networks.get(&vni) {
                 Some(network) => {
@@ -274,24 +274,6 @@ impl Switch {
                 epoch: moved.as_ref().map(|seen| seen.epoch),
                 traffic: port.traffic.snapshot(),
             }
-        });
-        seen.collect()
-    }
-
-    fn peer_list(&self) -> Vec<PeerSeen> {
-        let seen = self.members.all().filter_map(|(host, member)| {
-            let link = member.link.and_then(|link| self.members.link(link));
-            let traffic = member.traffic.snapshot();
-            Some(PeerSeen {
-                host: host.clone(),
-                domain: member.domain.clone()?,
-                address: member.address,
-                connected: link.is_some(),
-                rtt_ms: None,
-                networks: link.map(|link| link.networks.iter().copied().collect()).unwrap_or_default(),
-                datagrams_out: traffic.datagrams_out,
-                datagrams_in: traffic.datagrams_in,
-            })
         });
         seen.collect()
     }

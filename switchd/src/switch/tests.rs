@@ -1,5 +1,7 @@
 //! Two and three switches side by side, their commands carried out by hand.
 
+mod contest;
+
 use super::*;
 use crate::members::LIMIT;
 use crate::tables::{Forwarding, Gate};
@@ -79,7 +81,7 @@ impl Mesh {
                     self.links.insert((at, ours), (to, theirs));
                     self.links.insert((to, theirs), (at, ours));
                     let domain: DomainId = "d1".parse().unwrap();
-                    self.switches[at].handle_called(self.now, &call);
+                    self.switches[at].handle_called(self.now, &call, None);
                     self.switches[at].handle_connected(LinkId(ours), name(to + 1), domain.clone(), address(to + 1), true);
                     self.switches[to].handle_connected(LinkId(theirs), name(at + 1), domain, address(at + 1), false);
                     self.carry_out(to);
@@ -92,6 +94,7 @@ impl Mesh {
                     }
                 }
                 Command::Close { link, .. } => self.close(at, link),
+                Command::Watch { .. } => {}
                 Command::Answer { ticket, reply } => drop(self.answers.insert((at, ticket.0), reply)),
             }
         }
@@ -265,7 +268,7 @@ fn hints_of_ever_another_address_make_no_more_calls() {
         switch.handle_message(now, told, Message::Members(vec![hint])).unwrap();
         now = now + Duration::from_millis(50);
         if let Some(call) = under_way.take() {
-            switch.handle_called(now, &call);
+            switch.handle_called(now, &call, None);
         }
         for call in switch.members.due(now) {
             assert!(under_way.is_none(), "called while a call is under way");
