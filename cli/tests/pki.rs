@@ -46,3 +46,28 @@ fn nothing_is_signed_with_the_key_of_another_authority() {
     assert!(said.contains("ca.key") && said.contains("the certificate of one and the key of another"), "{said}");
     assert!(!paths(dir.path(), &"h1".parse().unwrap()).cert.exists());
 }
+
+/// As on a full disk: no file takes a byte.
+#[test]
+fn what_cannot_be_written_leaves_nothing_in_the_way_of_the_next_call() {
+    let dir = tempfile::tempdir().unwrap();
+    write_pki(dir.path(), "violin", &[]).unwrap();
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 0; exec {} pki host {} h1 --domain d1",
+        env!("CARGO_BIN_EXE_violin"),
+        dir.path().display()
+    );
+
+    let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("cannot make"), "{said}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "the authority alone");
+    assert!(host(dir.path()).status.success());
+    let again = host(dir.path());
+    assert!(String::from_utf8_lossy(&again.stderr).contains("an existing file is not replaced"));
+    // One of the two is enough to refuse, and the other is not made.
+    let files = paths(dir.path(), &"h1".parse().unwrap());
+    std::fs::remove_file(&files.cert).unwrap();
+    assert!(!host(dir.path()).status.success() && !files.cert.exists());
+}

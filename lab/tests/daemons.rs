@@ -81,3 +81,28 @@ fn nothing_is_left_of_a_lab_interrupted_between_its_daemons() {
         assert_eq!(remains(&name), BTreeSet::new(), "interrupted at host {index}");
     }
 }
+
+/// By Ctrl-C, a killer, the end of its terminal; `nohup` is heeded.
+#[test]
+#[ignore = "needs root"]
+fn a_command_interrupted_while_it_builds_says_so_by_its_status_and_leaves_nothing() {
+    for (signal, status) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
+        let config = config(&name("sig"), THREE);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), THREE).unwrap();
+        let mut command = Command::new(programs().join("violin"));
+        command.args(["lab", "up", "--guests", "sandbox", "--name", config.name.as_str(), "--config"]).arg(file.path());
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let mut told = std::io::BufReader::new(child.stderr.take().unwrap());
+        let mut first = String::new();
+        std::io::BufRead::read_line(&mut told, &mut first).unwrap();
+
+        assert!(Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap().success());
+
+        let mut rest = String::new();
+        std::io::Read::read_to_string(&mut told, &mut rest).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(status), "{signal}: {first}{rest}");
+        assert!(rest.contains("interrupted"), "{signal}: {rest}");
+        assert_eq!(remains(config.name.as_str()), BTreeSet::new(), "{signal}");
+    }
+}

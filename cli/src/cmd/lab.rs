@@ -3,7 +3,7 @@
 use crate::table::{Output, or_dash};
 use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Instant;
 use violin_lab::{Guests, LabConfig, LabName, LabStatus, Layers, ProcessId, UpOptions};
 
@@ -80,6 +80,8 @@ pub(crate) enum LayersWord {
 
 /// True once the operator wants out.
 static CANCELLED: AtomicBool = AtomicBool::new(false);
+/// The status to end with then.
+static ENDED: AtomicI32 = AtomicI32::new(0);
 
 /// Carries out one of the words.
 pub(crate) fn run(command: Lab, output: Output) -> Result<()> {
@@ -136,9 +138,20 @@ fn up(lab: &LabConfig, image: Option<PathBuf>, layers: LayersWord, binaries: Opt
         owner: ProcessId::of(std::os::unix::process::parent_id()),
         cancelled: Some(&CANCELLED),
     };
-    heed_signals()?;
+    // Ctrl-C, SIGTERM and the terminal's end make it stop and remove what it built.
+    crate::signals::heed(|status| {
+        ENDED.store(status, Ordering::Relaxed);
+        CANCELLED.store(true, Ordering::Relaxed);
+    })?;
     let began = Instant::now();
-    let state = violin_lab::up(lab, &options, &mut |words| eprintln!("[{:5.1} s] {words}", began.elapsed().as_secs_f64()))?;
+    let built = violin_lab::up(lab, &options, &mut |words| eprintln!("[{:5.1} s] {words}", began.elapsed().as_secs_f64()));
+    let state = match (built, ENDED.load(Ordering::Relaxed)) {
+        (Err(error), status) if status != 0 => {
+            eprintln!("violin: {:#}", anyhow::Error::from(error));
+            std::process::exit(status);
+        }
+        (built, _) => built?,
+    };
     if output.json {
         return output.value(&state);
     }
@@ -147,29 +160,6 @@ fn up(lab: &LabConfig, image: Option<PathBuf>, layers: LayersWord, binaries: Opt
         state.name,
         began.elapsed().as_secs_f64()
     ));
-    Ok(())
-}
-
-/// Ctrl-C, SIGTERM and the terminal's end make `up` stop and remove what it built.
-fn heed_signals() -> Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot wait for signals")?;
-    let mut signals = {
-        let _inside = runtime.enter();
-        [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal)
-    };
-    std::thread::spawn(move || {
-        runtime.block_on(async {
-            let [interrupt, terminate, hangup] = &mut signals;
-            let (Ok(interrupt), Ok(terminate), Ok(hangup)) = (interrupt, terminate, hangup) else { return };
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-                _ = hangup.recv() => {}
-            }
-            CANCELLED.store(true, Ordering::Relaxed);
-        });
-    });
     Ok(())
 }
 

@@ -2,6 +2,9 @@
 
 use crate::table::Output;
 use anyhow::{Context, Result, bail};
+use std::fs::Permissions;
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use violin_channel::pki;
 use violin_common::{DomainId, HostId};
@@ -51,22 +54,32 @@ pub(crate) fn run(command: Pki, output: Output) -> Result<()> {
                 .with_context(|| format!("{0}/ca.pem and {0}/ca.key", dir.display()))?;
             let pair = pki::make_host_certificate(&authority, &host, &domain)?;
             let files = pki::paths(&dir, &host);
-            write(&files.cert, &pair.certificate, 0o644)?;
-            write(&files.key, &pair.key, 0o600)?;
+            write(&[(&files.cert, &pair.certificate, 0o644), (&files.key, &pair.key, 0o600)])?;
             output.words(&format!("made {} and {} for {host} in {domain}", files.cert.display(), files.key.display()));
         }
     }
     Ok(())
 }
 
-fn write(path: &Path, text: &str, mode: u32) -> Result<()> {
-    use std::io::Write as _;
-    use std::os::unix::fs::OpenOptionsExt as _;
-    let mut file = std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(path)
-        .with_context(|| format!("cannot make {} (an existing file is not replaced)", path.display()))?;
-    Ok(file.write_all(text.as_bytes())?)
+/// Writes files that must not exist yet, each whole or not at all, and none if one of them cannot be made.
+fn write(files: &[(&Path, &str, u32)]) -> Result<()> {
+    let made = |path: &Path| format!("cannot make {} (an existing file is not replaced)", path.display());
+    if let Some((path, ..)) = files.iter().find(|(path, ..)| path.symlink_metadata().is_ok()) {
+        bail!("{}: it exists", made(path));
+    }
+    let mut parts = Vec::new();
+    for (path, text, mode) in files {
+        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
+        // Gone by itself when this ends by an error.
+        let mut part = tempfile::Builder::new()
+            .permissions(Permissions::from_mode(*mode))
+            .tempfile_in(folder)
+            .with_context(|| made(path))?;
+        part.write_all(text.as_bytes()).and_then(|()| part.as_file().sync_all()).with_context(|| made(path))?;
+        parts.push((part, path));
+    }
+    for (part, path) in parts {
+        part.persist_noclobber(path).with_context(|| made(path))?;
+    }
+    Ok(())
 }
