@@ -349,3 +349,190 @@ fn a_damaged_journal_says_how_to_go_on() {
 
     assert!(refused >= 8, "{refused} of {} cases were refused", cases.len());
 }
+
+/// Files below a folder in which these bytes are, by the names they have there.
+fn holding(folder: &std::path::Path, bytes: &[u8]) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap()) {
+        let (path, name) = (entry.path(), entry.file_name().into_string().unwrap());
+        if path.is_dir() {
+            found.extend(holding(&path, bytes).into_iter().map(|below| format!("{name}/{below}")));
+        } else if std::fs::read(&path).unwrap().windows(bytes.len()).any(|window| window == bytes) {
+            found.push(name);
+        }
+    }
+    found.sort();
+    found
+}
+
+const SECRET: &[u8] = b"b3BlbnNzaC1rZXktdjEAAAAA";
+
+/// An environment whose private key is that secret, and the number of its pair.
+fn keyed(name: &str, number: u32) -> StoredEnvironment {
+    let text = include_str!("../../configs/environments/alpha.toml").replace("name = \"alpha\"", &format!("name = {name:?}"));
+    let spec = EnvironmentSpec::parse(&text).unwrap();
+    let placement = spec.nodes().unwrap().into_iter().map(|node| (node.vm, "h1".parse().unwrap())).collect();
+    let private = format!("-----BEGIN-----\n{}{number}\n-----END-----\n", String::from_utf8_lossy(SECRET));
+    let keys = Keys { public: format!("ssh-ed25519 AAAA{number} violin-{name}\n"), private };
+    StoredEnvironment { spec, home: "d1".parse().unwrap(), image: None, placement, keys }
+}
+
+fn begins(name: &str, number: u32) -> Record {
+    Record::V1(RecordV1::EnvironmentBegins(Box::new(keyed(name, number))))
+}
+
+fn gone(name: &str) -> Record {
+    Record::V1(RecordV1::EnvironmentGone(name.parse().unwrap()))
+}
+
+fn private(state: &State, name: &str) -> Option<String> {
+    Some(state.environments.get(&name.parse().unwrap())?.stored.keys.private.clone())
+}
+
+#[test]
+fn no_private_key_is_ever_in_the_journals_file_and_none_of_an_ended_environment_anywhere() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal.redb");
+    let (mut journal, _) = Journal::open(&path, Instant(1)).unwrap();
+    journal.append(&begins("alpha", 1)).unwrap();
+    journal.append(&begins("beta", 2)).unwrap();
+
+    assert_eq!(holding(directory.path(), SECRET), ["journal.redb.keys/alpha", "journal.redb.keys/beta"]);
+    let keys = directory.path().join("journal.redb.keys");
+    let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&keys), mode(&keys.join("alpha")), mode(&path)), (0o700, 0o600, 0o600));
+    journal.append(&gone("alpha")).unwrap();
+    assert_eq!(holding(directory.path(), SECRET), ["journal.redb.keys/beta"]);
+    journal.append(&begins("alpha", 3)).unwrap();
+    drop(journal);
+    let (mut journal, state) = Journal::open(&path, Instant(2)).unwrap();
+    assert_eq!(private(&state, "alpha").as_deref(), Some(keyed("alpha", 3).keys.private.as_str()));
+    assert_eq!(private(&state, "beta").as_deref(), Some(keyed("beta", 2).keys.private.as_str()));
+    journal.append(&gone("alpha")).unwrap();
+    journal.append(&gone("beta")).unwrap();
+    drop(journal);
+    assert_eq!(holding(directory.path(), SECRET), [""; 0]);
+    drop(Journal::open(&path, Instant(3)).unwrap());
+    assert_eq!(holding(directory.path(), SECRET), [""; 0]);
+}
+
+/// A journal as versions before this one wrote it: one of its environments has ended, one is there.
+fn of_an_earlier_version(path: &std::path::Path) -> State {
+    let database = redb::Database::create(path).unwrap();
+    let decisions = (0..300).map(|number| Record::V1(decided(number)));
+    let begin = [Record::V1(RecordV1::Generation { generation: 1, at: Instant(1) }), begins("alpha", 1), begins("beta", 2)];
+    let mut state = State::default();
+    for (number, record) in begin.into_iter().chain(decisions).chain([gone("alpha")]).enumerate() {
+        state.apply(&record);
+        let write = database.begin_write().unwrap();
+        let records = redb::TableDefinition::<u64, &[u8]>::new("records");
+        let bytes = postcard::to_stdvec(&record).unwrap();
+        write.open_table(records).unwrap().insert(number as u64, bytes.as_slice()).unwrap();
+        let fence = redb::TableDefinition::<&str, u64>::new("fence");
+        write.open_table(fence).unwrap().insert("generation", 1).unwrap();
+        write.commit().unwrap();
+    }
+    state
+}
+
+#[test]
+fn a_journal_of_an_earlier_version_is_written_anew_without_its_private_keys() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal.redb");
+    let mut was = of_an_earlier_version(&path);
+    assert_eq!(holding(directory.path(), SECRET), ["journal.redb"]);
+
+    let (mut journal, state) = Journal::open(&path, Instant(2)).unwrap();
+
+    was.generation = 2;
+    assert_eq!(state, was);
+    assert_eq!(holding(directory.path(), SECRET), ["journal.redb.keys/beta"]);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2, "nothing else is left there");
+    // It is locked, fenced and goes on like any other.
+    assert!(Journal::open(&path, Instant(3)).is_err());
+    journal.append(&gone("beta")).unwrap();
+    drop(journal);
+    let (_, state) = Journal::open(&path, Instant(3)).unwrap();
+    assert_eq!((state.generation, state.environments.len(), state.decisions.len()), (3, 0, 300));
+    assert_eq!(holding(directory.path(), SECRET), [""; 0]);
+}
+
+#[test]
+fn a_journal_that_an_earlier_version_went_on_with_is_written_anew_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal.redb");
+    let (mut journal, _) = Journal::open(&path, Instant(1)).unwrap();
+    journal.append(&begins("alpha", 1)).unwrap();
+    drop(journal);
+    let write = redb::Database::open(&path).unwrap().begin_write().unwrap();
+    let bytes = postcard::to_stdvec(&begins("beta", 2)).unwrap();
+    let records = redb::TableDefinition::<u64, &[u8]>::new("records");
+    write.open_table(records).unwrap().insert(9, bytes.as_slice()).unwrap();
+    write.commit().unwrap();
+    assert!(holding(directory.path(), SECRET).contains(&"journal.redb".to_owned()));
+
+    let (_, state) = Journal::open(&path, Instant(2)).unwrap();
+
+    assert_eq!(holding(directory.path(), SECRET), ["journal.redb.keys/alpha", "journal.redb.keys/beta"]);
+    assert_eq!(private(&state, "alpha").as_deref(), Some(keyed("alpha", 1).keys.private.as_str()));
+}
+
+/// What a manager leaves that is killed while it writes the journal anew, or before or after it records an environment's begin or end.
+#[test]
+fn a_kill_at_any_place_leaves_neither_a_lost_key_nor_one_too_many() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, keys) = (directory.path().join("journal.redb"), directory.path().join("journal.redb.keys"));
+    let was = of_an_earlier_version(&path);
+    std::fs::write(directory.path().join("journal.redb.new"), [b"half of ", SECRET].concat()).unwrap();
+    std::fs::create_dir(&keys).unwrap();
+    let file = |number, name: &str| {
+        let Keys { public, private } = keyed(name, number).keys;
+        format!("{public}{private}")
+    };
+    std::fs::write(keys.join("beta.new"), file(2, "beta")).unwrap();
+
+    let (journal, state) = Journal::open(&path, Instant(2)).unwrap();
+    assert_eq!(
+        (holding(directory.path(), SECRET), private(&state, "beta")),
+        (vec!["journal.redb.keys/beta".into()], private(&was, "beta"))
+    );
+    drop(journal);
+
+    // The end of alpha was recorded, its key not yet removed; beta was recorded, its key not yet named; gamma was not recorded; delta
+    // is of another journal that was here.
+    std::fs::write(keys.join("alpha"), file(1, "alpha")).unwrap();
+    std::fs::rename(keys.join("beta"), keys.join("beta.new")).unwrap();
+    std::fs::write(keys.join("gamma.new"), file(4, "gamma")).unwrap();
+    std::fs::write(keys.join("delta"), file(5, "delta")).unwrap();
+
+    let (journal, state) = Journal::open(&path, Instant(3)).unwrap();
+    assert_eq!(holding(directory.path(), SECRET), ["journal.redb.keys/beta", "journal.redb.keys/delta"]);
+    assert_eq!(private(&state, "beta"), private(&was, "beta"));
+    drop(journal);
+
+    // Lost: the environment is there all the same.
+    std::fs::remove_dir_all(&keys).unwrap();
+    let (_, state) = Journal::open(&path, Instant(4)).unwrap();
+    assert_eq!(private(&state, "beta").as_deref(), Some(""));
+}
+
+#[test]
+fn a_journal_that_cannot_be_written_anew_is_used_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("journal.redb");
+    let mut was = of_an_earlier_version(&path);
+    let in_the_way = directory.path().join("journal.redb.new");
+    std::fs::create_dir(&in_the_way).unwrap();
+
+    let (mut journal, state) = Journal::open(&path, Instant(2)).unwrap();
+
+    was.generation = 2;
+    assert_eq!(state, was);
+    journal.append(&gone("beta")).unwrap();
+    drop(journal);
+    std::fs::remove_dir(&in_the_way).unwrap();
+    assert_eq!(holding(directory.path(), SECRET), ["journal.redb"]);
+    drop(Journal::open(&path, Instant(3)).unwrap());
+    assert_eq!(holding(directory.path(), SECRET), [""; 0]);
+}

@@ -1,7 +1,8 @@
 //! How the daemons talk: QUIC with mutual TLS between machines, JSON lines over a Unix socket on one.
 //!
 //! [`tls`] says who a peer is, [`quic`] makes endpoints and connections, [`frame`] puts messages on streams, [`local`] is
-//! the socket for operators and neighbours, [`log`] what a daemon writes down. Nothing here knows what a message means.
+//! the socket for operators and neighbours, [`log`] what a daemon writes down, [`seldom`] what it does not write each time.
+//! Nothing here knows what a message means.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -10,4 +11,5 @@ pub mod local;
 pub mod log;
 pub mod pki;
 pub mod quic;
+pub mod seldom;
 pub mod tls;

@@ -1,6 +1,7 @@
 //! `violin`: the operator's words.
 
 mod cmd;
+mod signals;
 mod table;
 mod target;
 
@@ -53,33 +54,49 @@ enum Command {
     ///
     /// As root, on the machine that both the manager and the environment's head node run on; `cp` and `run` too. Ends with the
     /// command's status, 255 if ssh could not reach the node.
-    #[command(after_help = "Examples: violin ssh alpha\n          violin ssh alpha c1 -- uptime")]
+    ///
+    /// A command of several words is a program and its arguments, each of which arrives as it is; one of a single word is a line
+    /// for the node's shell. It has a terminal there when standard input and output are one here; without, it is ended
+    /// (SIGTERM, after 5 s SIGKILL) when its connection is, as by Ctrl-C.
+    #[command(
+        after_help = "Examples: violin ssh alpha\n          violin ssh alpha c1 -- touch 'a file'\n          violin ssh alpha c1 -- 'cd /tmp && ls | wc -l'"
+    )]
     Ssh {
         /// Environment.
         environment: EnvironmentId,
         /// Node, for example c1 (default: the head node).
         node: Option<String>,
-        /// Command and arguments.
+        /// Program and arguments, or one line for the node's shell.
         #[arg(last = true, value_name = "COMMAND")]
         words: Vec<String>,
     },
-    /// Copy a file into or out of a node: one of FROM and TO is ENV:NODE:PATH.
-    #[command(after_help = "Examples: violin cp hello alpha:head:/root/hello\n          violin cp alpha:c1:/root/log log")]
+    /// Copy files into or out of a node, as scp does: either all FROM or TO is ENV:NODE:PATH.
+    ///
+    /// A new file has the mode of its source, less the umask; one that is there keeps its own and its owner and is replaced when
+    /// the whole has come. Links are followed. Set-user-ID bits do not leave a guest. Ends with 1 if anything was not copied; the
+    /// rest is.
+    #[command(
+        after_help = "Examples: violin cp hello alpha:head:/root/\n          violin cp alpha:c1:/root/log log\n          violin cp -r job alpha:head:/opt"
+    )]
     Cp {
-        /// File here, or ENV:NODE:PATH.
-        from: String,
-        /// File here, or ENV:NODE:PATH; one that is there is replaced when the whole has come.
+        #[command(flatten)]
+        how: cmd::copy::How,
+        /// Files here, or ENV:NODE:PATH; `./a:b` is a file here.
+        #[arg(required = true)]
+        from: Vec<String>,
+        /// File or folder here, or ENV:NODE:PATH; of several files: a folder that is there.
         to: String,
     },
     /// Run an MPI program over an environment's compute nodes, from its head node.
     ///
-    /// The program must be on every node: `violin cp` brings it there. Ends with the status of mpirun.
+    /// The program must be on every node: `violin cp` brings it there. Its arguments arrive as they are. Ends with the status of
+    /// mpirun; Ctrl-C ends all ranks.
     #[command(after_help = "Example: violin run alpha -n 4 --directory /opt/job -- ./hello 100")]
     Run {
         /// Environment.
         environment: EnvironmentId,
-        /// MPI ranks (default: one a vCPU).
-        #[arg(long, short = 'n', value_name = "N")]
+        /// MPI ranks, at most one for each vCPU of the compute nodes (default: so many).
+        #[arg(long, short = 'n', value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
         ranks: Option<u32>,
         /// Directory it runs in, on every node.
         #[arg(long, default_value = "/root", value_name = "PATH")]
@@ -162,7 +179,7 @@ fn main() -> ExitCode {
         Command::Lab(command) => cmd::lab::run(command, output),
         Command::Env(command) => cmd::env::run(&target, output, command),
         Command::Ssh { environment, node, words } => cmd::reach::ssh(&target, &environment, node.as_deref(), &words),
-        Command::Cp { from, to } => cmd::copy::copy(&target, &from, &to),
+        Command::Cp { how, from, to } => cmd::copy::copy(&target, &from, &to, how),
         Command::Run { environment, ranks, directory, words } => {
             cmd::reach::run(&target, &environment, ranks, &directory, &words)
         }

@@ -36,6 +36,7 @@ fn host(name: &str, connected: bool) -> HostSeen {
         vms: Vec::new(),
         draining: false,
         staying: Vec::new(),
+        troubles: Vec::new(),
     }
 }
 

@@ -21,7 +21,7 @@ fn what_is_asked_for_in_vain_is_told_in_words() {
         (&["--switch-socket", "/nowhere", "port"], "the switch: cannot reach nowhere at /nowhere: is it running?"),
         (&["--switch-socket", "/nowhere", "port", "--host", "h1"], "got --host h1 and --switch-socket, want one of them"),
         (&["env", "up", "/nowhere.toml"], "cannot read /nowhere.toml"),
-        (&["cp", "here", "there"], "want a local path and ENV:NODE:PATH"),
+        (&["cp", "here", "there"], "want paths here and ENV:NODE:PATH"),
     ] {
         let output = violin(words).output().unwrap();
 

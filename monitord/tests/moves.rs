@@ -108,7 +108,10 @@ impl Stage {
     }
 
     fn end(self) {
-        assert_eq!(self.manager.ask(&self.h2, &Command::Stop { vm: self.spec.vm.clone() }), Answer::Done);
+        for line in [&self.h2, &self.h1] {
+            assert_eq!(self.manager.ask(line, &Command::Stop { vm: self.spec.vm.clone() }), Answer::Done);
+        }
+        assert_eq!(self.world.holding(&self.spec), [""; 0].map(std::path::PathBuf::from), "what it was told is gone with it");
         self.end_at_h1();
     }
 

@@ -164,6 +164,22 @@ impl Fdb {
         self.forget(|_, entry| entry.place == place)
     }
 
+    /// Likewise for every place of which `gone` says so; returns what was forgotten.
+    pub fn take_places(&self, gone: impl Fn(Place) -> bool) -> Vec<(u16, MacAddr)> {
+        let mut inner = self.lock();
+        let taken: Vec<Key> = inner.entries.iter().filter(|(_, entry)| gone(entry.place)).map(|(key, _)| *key).collect();
+        if !taken.is_empty() {
+            inner.entries.retain(|_, entry| !gone(entry.place));
+            inner.recount();
+        }
+        taken
+    }
+
+    /// Forgets those of these stations that are known to be at `place`: who has been heard elsewhere since stays.
+    pub fn flush_stations(&self, place: Place, stations: &HashSet<(u16, MacAddr)>) -> usize {
+        self.forget(|key, entry| entry.place == place && stations.contains(key))
+    }
+
     /// Forgets one address in all VLANs, as when it becomes owned; returns how many.
     pub fn flush_mac(&self, mac: MacAddr) -> usize {
         self.forget(|key, _| key.1 == mac)

@@ -3,6 +3,12 @@
 //! Pure: connections come and go as events, calls to make are handed out. Join through any known member: each tells whom it
 //! is connected with, so everybody calls everybody. A lost member is called for ever, with back-off; one that left is not.
 
+mod rivals;
+mod troubles;
+
+pub use rivals::Rivals;
+pub use troubles::{Told, Trouble};
+
 use crate::counters::PeerCounters;
 use crate::tables::PeerSlot;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -46,6 +52,8 @@ struct Dial {
     next: Instant,
     backoff: Duration,
     busy: bool,
+    /// Why no call of it led to anything, since when.
+    trouble: Option<Trouble>,
 }
 
 fn patience(us: &HostId, them: &HostId) -> Duration {
@@ -54,7 +62,7 @@ fn patience(us: &HostId, them: &HostId) -> Duration {
 
 impl Dial {
     const fn at(next: Instant) -> Self {
-        Self { next, backoff: BACKOFF_MIN, busy: false }
+        Self { next, backoff: BACKOFF_MIN, busy: false, trouble: None }
     }
 
     fn failed(&mut self, now: Instant) {
@@ -86,6 +94,21 @@ pub struct Member {
     boot: Option<u64>,
     same_boot: bool,
     dial: Dial,
+    /// When its connection was last lost.
+    lost: Option<Instant>,
+    /// Who else has its certificate, and was refused.
+    rivals: Rivals,
+    /// It refused us after both HELLOs: what looks like a connection is none until it says more.
+    refused: Option<Trouble>,
+}
+
+impl Member {
+    fn new(address: SocketAddr, dial: Dial) -> Self {
+        let traffic = Arc::default();
+        let (domain, slot, link, boot, lost, refused) = (None, None, None, None, None, None);
+        let (rivals, same_boot) = (Rivals::default(), false);
+        Self { domain, address, slot, link, traffic, boot, same_boot, dial, lost, rivals, refused }
+    }
 }
 
 /// Both ends of a connection.
@@ -135,6 +158,14 @@ pub enum Greeted {
     },
     /// Another connection of this peer counts; this one has to go.
     Superseded,
+    /// It is our own switch that called itself.
+    Ourselves,
+    /// Another switch with this certificate is connected from elsewhere. Whether it still answers must be seen on that
+    /// connection; the HELLO is to be said again if it is gone, and refused by [`Members::refuse_rival`] if not.
+    Contested {
+        /// The connection of the other one.
+        standing: LinkId,
+    },
 }
 
 /// All members.
@@ -150,8 +181,12 @@ pub struct Members {
     hosts: BTreeMap<HostId, Member>,
     links: HashMap<LinkId, Link>,
     slots: Vec<bool>,
+    /// Who else has our own name.
+    twins: Rivals,
     /// Hints refused since the start because there were [`LIMIT`] members.
     pub hints_refused: u64,
+    /// HELLOs refused since the start because another switch with that certificate answers.
+    pub twins_refused: u64,
 }
 
 impl Members {
@@ -159,7 +194,8 @@ impl Members {
     pub fn new(now: Instant, host: HostId, boot: u64, join: &[SocketAddr]) -> Self {
         let join = join.iter().map(|address| (*address, Dial::at(now))).collect();
         let (ourselves, met, hosts) = (BTreeSet::new(), BTreeMap::new(), BTreeMap::new());
-        Self { host, boot, join, ourselves, met, hosts, links: HashMap::new(), slots: Vec::new(), hints_refused: 0 }
+        let (links, slots, twins, hints_refused, twins_refused) = (HashMap::new(), Vec::new(), Rivals::default(), 0, 0);
+        Self { host, boot, join, ourselves, met, hosts, links, slots, twins, hints_refused, twins_refused }
     }
 
     /// Replaces the addresses of known members.
@@ -197,14 +233,6 @@ impl Members {
         calls
     }
 
-    /// A call has ended, in a connection or not.
-    pub fn called(&mut self, now: Instant, call: &Call) {
-        match &call.expected {
-            Some(host) => self.hosts.get_mut(host).map(|member| member.dial.failed(now)),
-            None => self.join.get_mut(&call.address).map(|dial| dial.failed(now)),
-        };
-    }
-
     /// A connection stands; `index` is what we will tell the peer. HELLOs follow.
     pub fn connected(&mut self, link: LinkId, host: HostId, domain: DomainId, ends: Ends, called: bool, index: u32) {
         let networks = BTreeSet::new();
@@ -233,9 +261,9 @@ impl Members {
         if hello.host == self.host {
             if hello.boot == self.boot {
                 self.ourselves.insert(link.address);
-                return Err("that is ourselves".into());
+                return Ok(Greeted::Ourselves);
             }
-            return Err(format!("two switches are called {}: names must differ", hello.host));
+            return Err(self.twin_came(now, id, hello.boot));
         }
         if hello.newest < mesh::OLDEST || hello.oldest > mesh::PROTOCOL {
             return Err(format!(
@@ -262,16 +290,10 @@ impl Members {
         if called && self.join.contains_key(&address) {
             self.met.insert(address, host.clone());
         }
-        let member = self.hosts.entry(host.clone()).or_insert_with(|| Member {
-            domain: None,
-            address,
-            slot: None,
-            link: None,
-            traffic: Arc::default(),
-            boot: None,
-            same_boot: false,
-            dial: Dial::at(now),
-        });
+        if let Some(standing) = self.contested(now, id, hello.boot)? {
+            return Ok(Greeted::Contested { standing });
+        }
+        let member = self.hosts.entry(host.clone()).or_insert_with(|| Member::new(address, Dial::at(now)));
         let mut replaced = None;
         if let Some(old) = member.link {
             let old_called = self.links.get(&old).is_some_and(|link| link.called);
@@ -293,6 +315,7 @@ impl Members {
         }
         member.domain = Some(hello.domain.clone());
         member.same_boot = same_boot;
+        member.rivals.remove(hello.boot);
         (member.address, member.link, member.boot, member.dial) = (address, Some(id), Some(hello.boot), Dial::at(now));
         if let Some(link) = self.links.get_mut(&id) {
             link.networks = hello.networks.iter().copied().collect();
@@ -312,7 +335,11 @@ impl Members {
         let link = self.links.remove(&id)?;
         let member = self.hosts.get_mut(&link.host).filter(|member| member.link == Some(id))?;
         member.link = None;
-        member.dial = Dial::at(now + AFTER_LOSS + patience(&self.host, &link.host));
+        member.lost = Some(now);
+        let lost = Trouble { told: Told::Lost, since: now };
+        let soon = AFTER_LOSS + patience(&self.host, &link.host);
+        let pause = if member.refused.is_some() { BACKOFF_MAX } else { soon };
+        member.dial = Dial { trouble: Some(lost), ..Dial::at(now + pause) };
         Some(link.host)
     }
 
@@ -338,17 +365,8 @@ impl Members {
                 Some(member) if member.link.is_none() => member.address = hint.address,
                 Some(_) => {}
                 None if !full => {
-                    let member = Member {
-                        domain: None,
-                        address: hint.address,
-                        slot: None,
-                        link: None,
-                        traffic: Arc::default(),
-                        boot: None,
-                        same_boot: false,
-                        dial: Dial::at(now + patience(&self.host, &hint.host)),
-                    };
-                    self.hosts.insert(hint.host, member);
+                    let dial = Dial::at(now + patience(&self.host, &hint.host));
+                    self.hosts.insert(hint.host, Member::new(hint.address, dial));
                 }
                 None => self.hints_refused += 1,
             }
@@ -415,5 +433,4 @@ impl Members {
 }
 
 #[cfg(test)]
-#[path = "members_tests.rs"]
 mod tests;

@@ -5,17 +5,20 @@
 //! `switch/requests.rs` (what operators and monitors ask) next; `io/control.rs` carries the commands out.
 
 mod command;
+mod contest;
 mod heard;
+mod peers;
 mod requests;
 mod tables;
 #[cfg(test)]
 mod tests;
 
-pub use command::{Command, Wanted};
+pub use command::{Command, Expecting, Wanted};
+use contest::Contest;
 
 use crate::counters::PortCounters;
 use crate::fdb::Fdb;
-use crate::members::{Call, Ends, LinkId, Members};
+use crate::members::{Call, Ends, LinkId, Members, Told};
 use crate::moves::{Effect, Key, Moves, Until};
 use crate::tables::{PeerSlot, Place, PortSlot, WorkerEvent};
 use std::collections::BTreeMap;
@@ -23,7 +26,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use violin_common::api::switch::{NetworkSpec, PortSpec, SwitchReply};
-use violin_common::control::mesh::{Aead, Hello, Message, OLDEST, PROTOCOL};
+use violin_common::control::mesh::{Aead, Hello, Message, OLDEST, PROTOCOL, feature};
 use violin_common::{DomainId, HostId, Instant, MacAddr, PortId, Vni};
 
 /// After this time ports that run here claim their MACs even if not all members were reached.
@@ -34,6 +37,8 @@ pub const WAIT: Duration = Duration::from_secs(10);
 const ANNOUNCEMENTS: u32 = 64;
 /// How often FDBs are swept; workers look at an entry's age when they use it.
 const AGE_EVERY: Duration = Duration::from_secs(1);
+/// Stations in one message: about 90 KiB.
+const STATIONS_CHUNK: usize = 4096;
 /// Owned MACs in one message: about 150 KiB.
 const OWNED_CHUNK: usize = 4096;
 
@@ -59,6 +64,8 @@ pub struct Refusals {
     pub hints: u64,
     /// Owned MACs that no port here can have, or beyond what there is room for.
     pub macs: u64,
+    /// HELLOs of second switches with one certificate.
+    pub twins: u64,
 }
 
 /// A request that waits for its answer, numbered by whoever asks.
@@ -112,6 +119,8 @@ pub struct Switch {
     /// Learned MACs that may still be announced in this tick.
     announcements: u32,
     random: u64,
+    /// Callers whose place somebody else has, until that one answers or is gone.
+    contests: BTreeMap<LinkId, Contest>,
     commands: Vec<Command>,
 }
 
@@ -135,6 +144,7 @@ impl Switch {
             aged: now,
             announcements: ANNOUNCEMENTS,
             random: seed,
+            contests: BTreeMap::new(),
             commands: Vec::new(),
         }
     }
@@ -230,6 +240,9 @@ impl Switch {
             return;
         }
         self.aged = now;
+        // A worker may have learned from a port it did not yet know to be removed.
+        let slots = self.slots.clone();
+        self.forget_stations(|slot| slots.get(usize::from(slot.0)).copied().flatten().is_none());
         for network in self.networks.values() {
             network.fdb.age(now, Duration::from_secs(network.spec.ageing_s.into()));
         }
@@ -242,7 +255,7 @@ impl Switch {
         let hello = Hello {
             oldest: OLDEST,
             newest: PROTOCOL,
-            features: 0,
+            features: feature::FORGET,
             host: self.nature.host.clone(),
             domain: self.nature.domain.clone(),
             boot: self.nature.boot,
@@ -255,16 +268,30 @@ impl Switch {
     }
 
     /// A call has ended, in a connection or not.
-    pub fn handle_called(&mut self, now: Instant, call: &Call) {
-        self.members.called(now, call);
+    pub fn handle_called(&mut self, now: Instant, call: &Call, failed: Option<&Told>) {
+        self.members.called(now, call, failed);
+    }
+
+    /// The other end refuses this connection, in its words; [`Self::handle_closed`] follows.
+    pub fn handle_refused(&mut self, now: Instant, link: LinkId, why: &str) {
+        if let Some((peer, address)) = self.members.refused(now, link, &Told::Refuses(why.to_owned())) {
+            tracing::warn!(%peer, %address, "the peer refuses us, and is called again all the same: {why}");
+        }
     }
 
     /// A connection has ended.
     pub fn handle_closed(&mut self, now: Instant, link: LinkId) {
-        let Some(host) = self.members.closed(now, link) else { return };
-        tracing::info!(peer = %host, "peer lost");
-        self.forget_place(&host);
-        self.moves.peer_down(now, &host);
+        self.contests.remove(&link);
+        if let Some(host) = self.members.closed(now, link) {
+            if self.members.refuses_us(&host) {
+                tracing::debug!(peer = %host, "peer lost");
+            } else {
+                tracing::info!(peer = %host, "peer lost");
+            }
+            self.forget_place(&host);
+            self.moves.peer_down(now, &host);
+        }
+        self.contest_won(now, link);
     }
 
     fn forget_place(&mut self, host: &HostId) {
@@ -277,6 +304,19 @@ impl Switch {
     fn flush_place(&self, place: Place) {
         for network in self.networks.values() {
             network.fdb.flush_place(place);
+        }
+    }
+
+    /// Stations learned at these ports are there no more: forgets them here and tells everybody, who would send there until
+    /// they have aged. They are flooded to until they are heard again, wherever that is.
+    fn forget_stations(&mut self, gone: impl Fn(PortSlot) -> bool) {
+        let gone = |place| matches!(place, Place::Port(slot) if gone(slot));
+        let forgotten: Vec<_> = self.networks.iter().map(|(vni, network)| (*vni, network.fdb.take_places(gone))).collect();
+        for (vni, stations) in forgotten {
+            for stations in stations.chunks(STATIONS_CHUNK) {
+                let understands = |hello: &Hello| hello.features & feature::FORGET != 0;
+                self.tell_carriers_that(vni, &Message::Forgotten { vni, stations: stations.to_vec() }, understands);
+            }
         }
     }
 
@@ -295,6 +335,9 @@ impl Switch {
                 self.tell_carriers(vni, &Message::Learned { vni, vid, mac });
             }
             WorkerEvent::Learned { .. } => {}
+            WorkerEvent::Lost { port, id } if self.port_of(port) == Some(id) => self.forget_stations(|slot| slot == port),
+            // Removed since, and what was learned there with it.
+            WorkerEvent::Lost { .. } => {}
             WorkerEvent::Oversize { port, len } => {
                 let port = self.port_of(port).and_then(|id| Some((id, &self.ports.get(&id)?.spec)));
                 let Some((port, spec)) = port else { return };
@@ -314,10 +357,14 @@ impl Switch {
     }
 
     fn tell_carriers(&mut self, vni: Vni, message: &Message) {
+        self.tell_carriers_that(vni, message, |_| true);
+    }
+
+    fn tell_carriers_that(&mut self, vni: Vni, message: &Message, which: impl Fn(&Hello) -> bool) {
         let carriers: Vec<LinkId> = self
             .members
             .connected_links()
-            .filter(|(_, _, _, link)| link.networks.contains(&vni))
+            .filter(|(_, _, _, link)| link.networks.contains(&vni) && link.hello.as_ref().is_some_and(&which))
             .map(|(_, _, id, _)| id)
             .collect();
         for link in carriers {
@@ -359,7 +406,7 @@ impl Switch {
 
     /// What was not kept of what peers said.
     pub const fn refusals(&self) -> Refusals {
-        Refusals { hints: self.members.hints_refused, macs: self.moves.macs_refused }
+        Refusals { hints: self.members.hints_refused, macs: self.moves.macs_refused, twins: self.members.twins_refused }
     }
 
     /// The address of the peer at a connection's end, for those that keep figures of connections.

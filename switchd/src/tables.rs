@@ -148,6 +148,13 @@ pub enum WorkerEvent {
         /// Length of its packet, or of one segment.
         len: u16,
     },
+    /// A port has lost its interface: what was learned there is there no more.
+    Lost {
+        /// Where.
+        port: PortSlot,
+        /// Its number: by now the place may be another's.
+        id: PortId,
+    },
     /// A port used a MAC that somebody else owns: refused; worth telling the operator.
     Stolen {
         /// Network.

@@ -5,7 +5,7 @@ mod support;
 use std::time::{Duration, Instant};
 use support::site::{Site, VNI, host, mac, moving_guest, owned, reaches};
 use support::{try_run, until, vni};
-use violin_common::api::switch::{FdbPlace, MoveState, Ownership, PortKind, PortSpec, SwitchReply, SwitchRequest};
+use violin_common::api::switch::{FdbPlace, MoveState, Ownership, PortKind, PortSpec, SwitchReply, SwitchRequest, TroubleKind};
 use violin_common::{Epoch, PortId};
 
 #[test]
@@ -43,7 +43,7 @@ fn a_mesh_forms_carries_frames_and_heals() {
     until("it leaves", || site.daemons.get_mut(&2).unwrap().0.try_wait().unwrap().is_some());
     let status = site.daemons.remove(&2).unwrap().0.wait().unwrap();
     assert!(status.success());
-    assert!(site.peers(1).iter().all(|peer| peer.host != host(2)), "who leaves is forgotten at once");
+    assert!(site.peers(1).iter().all(|peer| peer.host != Some(host(2))), "who leaves is forgotten at once");
 }
 
 #[test]
@@ -75,7 +75,13 @@ fn a_switch_of_another_authority_is_refused() {
     site.start_with(2, "other-pki", "[[network]]\nvni = 5\n");
 
     until("the caller is refused and counted", || site.counter(1, "control.refused-callers") > 0);
-    assert!(site.peers(1).is_empty() && site.peers(2).is_empty());
+    assert!(site.peers(1).is_empty(), "who is not believed is not listed");
+    let listed = || site.peers(2).first().map(|peer| (peer.connected, peer.host.clone(), peer.troubles.clone()));
+    until("the caller is told why", || {
+        listed().is_some_and(|(connected, host, troubles)| {
+            !connected && host.is_none() && troubles[0].kind == TroubleKind::Refused && troubles[0].why.contains("certificate")
+        })
+    });
 }
 
 #[test]

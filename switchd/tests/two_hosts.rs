@@ -122,7 +122,7 @@ fn frames_for_an_interface_that_is_still_on_its_way_wait_for_it() {
     a.packet_port(vni(5), "p1", MTU);
     let port = b.announce_port(vni(5), false);
     let kind = violin_common::api::switch::PortKind::Packet { interface: "p1".into() };
-    let missing = b.ns.enter(|| b.plane().attach(port.0, port.1, &kind, MTU, true));
+    let missing = b.ns.enter(|| b.plane().attach(port.0, port.1, &kind, MTU, switchd::switch::Expecting::Arrival));
     assert!(matches!(missing, Err(switchd::io::dataplane::AttachError::NotThere(_))), "{missing:?}");
     // Where the kernel can do it (6.16) the guard is there first: from its first frame on the guest is alone with the switch.
     let ahead = guards_ahead(&b.ns);

@@ -361,9 +361,10 @@ async fn end_alone(shared: &Arc<Shared>, name: &EnvironmentId, words: &Words) ->
             ending::way_out(&world, name)
         ));
     }
-    shared.record(&mut world, RecordV1::EnvironmentGone(name.clone()))?;
-    // Before anybody can begin one of this name: that one's key is kept.
-    keys::forget(&shared.config.socket, name).map_err(|error| format!("{error:#}"))
+    // Before it is on record, so that a kill leaves no key of what is gone; before anybody can begin one of this name, whose key
+    // is kept.
+    keys::forget(&shared.config.socket, name).map_err(|error| format!("{error:#}"))?;
+    shared.record(&mut world, RecordV1::EnvironmentGone(name.clone()))
 }
 
 /// Waits until no plan is under way.

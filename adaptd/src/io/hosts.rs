@@ -70,6 +70,7 @@ pub fn forget(shared: &Shared, world: &mut World, host: &HostId, vms_are_lost: b
     let lost: Vec<_> = world.state.vms.iter().filter(|(_, known)| known.host == *host).map(|(vm, _)| vm.clone()).collect();
     shared.record(world, RecordV1::HostForgotten(host.clone()))?;
     world.hosts.remove(host);
+    world.second.remove(host);
     world.twice.retain(|_, second| second != host);
     for vm in &lost {
         world.seen.remove(vm);

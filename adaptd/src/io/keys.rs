@@ -1,5 +1,6 @@
-//! Key pairs of environments: made by `ssh-keygen`, kept in the journal, written where the operator's command finds them.
+//! Key pairs of environments: made by `ssh-keygen`, kept beside the journal, written where the operator's command finds them.
 
+use crate::io::secrets::destroy;
 use crate::records::Keys;
 use anyhow::{Context, bail};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -33,6 +34,7 @@ pub async fn generate(socket: &Path, environment: &EnvironmentId) -> anyhow::Res
         bail!("ssh-keygen: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
     let keys = Keys { public: std::fs::read_to_string(path.with_extension("pub"))?, private: std::fs::read_to_string(&path)? };
+    destroy(&path).context("removing the files of a new key pair")?;
     workplace.close().context("removing the files of a new key pair")?;
     Ok(keys)
 }
@@ -81,10 +83,5 @@ fn make_directory(path: &Path) -> anyhow::Result<()> {
 }
 
 fn remove(path: &Path) -> anyhow::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("removing {}", path.display()))
-        }
-        _ => Ok(()),
-    }
+    destroy(path).with_context(|| format!("removing {}", path.display()))
 }

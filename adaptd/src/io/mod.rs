@@ -15,5 +15,6 @@ pub mod monitors;
 pub mod progress;
 pub mod reconcile;
 pub mod run;
+pub mod secrets;
 pub mod strays;
 pub mod world;

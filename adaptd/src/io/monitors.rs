@@ -4,9 +4,11 @@ use crate::act::AskError;
 use crate::io::world::{KnownHost, Shared};
 use crate::io::{clock, reconcile, strays};
 use anyhow::{Context, bail};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use violin_channel::quic::{self, Endpoint};
+use violin_channel::seldom::Seldom;
 use violin_channel::{frame, tls};
 use violin_common::HostId;
 use violin_common::api::adapt::Event;
@@ -14,24 +16,28 @@ use violin_common::control::monitor::{Answer, Command, Hello, PROTOCOL, Report, 
 
 /// Longest wait for a monitor's first message.
 const HELLO: Duration = Duration::from_secs(10);
+/// When a monitor is asked whether it lives, after what it said before has come; and how long that may take.
+const POKE: Duration = Duration::from_millis(150);
+const ANSWER: Duration = Duration::from_secs(2);
 
 /// Takes callers for ever.
 pub async fn serve(shared: Arc<Shared>, endpoint: Endpoint) {
-    while let Some(incoming) = endpoint.accept().await {
-        let shared = Arc::clone(&shared);
-        tokio::spawn(async move {
-            let address = incoming.remote_address();
-            match quic::admit(incoming).await {
-                Ok((connection, identity)) => {
-                    if let Err(error) = listen_to(&shared, connection.clone(), identity).await {
-                        tracing::warn!(%address, "monitor refused: {error:#}");
-                        connection.close(quinn::VarInt::from_u32(1), format!("{error:#}").as_bytes());
-                    }
+    let seldom = Arc::new(Seldom::default());
+    let admitted = move |connection: quinn::Connection, identity| {
+        let (shared, seldom) = (Arc::clone(&shared), Arc::clone(&seldom));
+        async move {
+            let address = connection.remote_address();
+            if let Err(error) = listen_to(&shared, connection.clone(), identity).await {
+                let words = format!("{error:#}");
+                // It calls again and again.
+                if let Some(before) = seldom.due(std::time::Instant::now(), &format!("{} {words}", address.ip())) {
+                    tracing::warn!(%address, unsaid_before = before, "monitor refused: {words}");
                 }
-                Err(error) => tracing::warn!("{error}"),
+                quic::refuse(&connection, &words);
             }
-        });
-    }
+        }
+    };
+    endpoint.serve(|| (), admitted).await;
 }
 
 async fn listen_to(shared: &Arc<Shared>, connection: quinn::Connection, identity: tls::Identity) -> anyhow::Result<()> {
@@ -46,6 +52,7 @@ async fn listen_to(shared: &Arc<Shared>, connection: quinn::Connection, identity
     let first = tokio::time::timeout(HELLO, frame::recv::<Report>(&mut reports)).await.context("no HELLO within 10 s")??;
     let Some(Report::Hello(hello)) = first else { bail!("got {first:?}, want HELLO first") };
     check(&hello, &identity)?;
+    first_of_its_name(shared, &hello.host, connection.remote_address()).await?;
     let host = hello.host.clone();
     let id = connection.stable_id();
     greet(shared, hello, connection.clone());
@@ -70,6 +77,37 @@ async fn listen_to(shared: &Arc<Shared>, connection: quinn::Connection, identity
     }
     connection.close(quinn::VarInt::from_u32(0), b"no more reports");
     Ok(())
+}
+
+/// Refuses a second monitor of a host whose first one answers. A monitor that started anew finds that its former connection is
+/// dead, whether or not that has been noticed yet.
+async fn first_of_its_name(shared: &Shared, host: &HostId, address: SocketAddr) -> anyhow::Result<()> {
+    let Some(standing) = shared.world().connection(host) else { return Ok(()) };
+    let poke = async {
+        tokio::time::sleep(POKE).await;
+        // A question without words: no monitor answers it, each one's QUIC acknowledges it.
+        if let Ok((mut question, _)) = standing.open_bi().await {
+            let _ = question.finish();
+            let _ = question.stopped().await;
+        }
+        std::future::pending::<bool>().await
+    };
+    let answers = tokio::select! {
+        answers = quic::answers(&standing) => answers,
+        never = poke => never,
+        () = tokio::time::sleep(ANSWER) => false,
+    };
+    if !answers {
+        return Ok(());
+    }
+    let stays = standing.remote_address();
+    shared.world().second_monitor(clock::now(), host, address);
+    bail!(
+        "two monitors use the certificate of {host}: the one at {} stays, the one at {} is refused; want a certificate of its own on \
+         each host (`violin pki host`)",
+        stays.ip(),
+        address.ip()
+    )
 }
 
 fn check(hello: &Hello, identity: &tls::Identity) -> anyhow::Result<()> {

@@ -2,6 +2,7 @@
 
 use crate::cycle::{Decision, cycle};
 use crate::io::journal::Journal;
+use crate::io::secrets::Secrets;
 use crate::io::world::{Shared, World};
 use crate::io::{api, clock, execute, keys, monitors, reconcile};
 use crate::plan::{Origin, Stamp};
@@ -30,7 +31,19 @@ pub async fn run(config: AdaptConfig, dry_run: bool, stop: impl Future<Output = 
     let listener = local::bind(&config.socket)?;
     let endpoint = quic::listen(config.listen, credentials, quic::alpn::MONITOR, Timing::CALM)?;
     keys::tidy(&config.socket)?;
+    for name in journal.gone() {
+        keys::forget(&config.socket, name)?;
+    }
     for (name, environment) in &state.environments {
+        if environment.stored.keys.private.is_empty() {
+            let wanted = Secrets::beside(&config.journal).path(name);
+            tracing::error!(
+                "the private key of environment {name} is missing: want it in {}; restore it from a copy and start adaptd anew. Until \
+                 then nobody enters {name} with it, and what moves is not told it",
+                wanted.display()
+            );
+            continue;
+        }
         keys::store(&config.socket, name, &environment.stored.keys)?;
     }
     let (mode, why) = mode_at_start(dry_run, state.mode, config.mode);

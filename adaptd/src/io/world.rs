@@ -10,7 +10,9 @@ use crate::policy::Refusal;
 use crate::records::{Goal, Life, Record, RecordV1, State};
 use crate::score::high_count;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::{broadcast, watch};
 use violin_common::api::adapt::{Condition, Event, HostSeen, Mode, VmListed};
 use violin_common::config::adapt::{AdaptConfig, Policy};
@@ -30,6 +32,18 @@ pub struct KnownHost {
     pub listed: bool,
 }
 
+/// A monitor that is refused because another one has its certificate.
+#[derive(Debug)]
+pub struct SecondMonitor {
+    address: IpAddr,
+    since: Instant,
+    last: Instant,
+    calls: u64,
+}
+
+/// A second monitor that has not called for so long is no longer told of.
+const FORGET: Duration = Duration::from_secs(60);
+
 /// Everything the manager knows.
 #[derive(Debug)]
 pub struct World {
@@ -45,6 +59,8 @@ pub struct World {
     pub mode: Mode,
     /// Hosts.
     pub hosts: BTreeMap<HostId, KnownHost>,
+    /// Second monitors of hosts whose first one answers: from where, since when, when last, how often.
+    pub second: BTreeMap<HostId, SecondMonitor>,
     /// How each VM was last seen, and where.
     pub seen: BTreeMap<VmId, (HostId, VmState)>,
     /// VMs that a monitor has been told to start and has not answered for: what is told of them is of earlier ones of that name.
@@ -101,6 +117,7 @@ impl Shared {
             settling: Settling::default(),
             mode,
             hosts: BTreeMap::new(),
+            second: BTreeMap::new(),
             seen: BTreeMap::new(),
             starting: BTreeSet::new(),
             twice: BTreeMap::new(),
@@ -253,6 +270,28 @@ impl World {
         }
     }
 
+    /// A second monitor with this host's certificate has called.
+    pub fn second_monitor(&mut self, now: Instant, host: &HostId, address: SocketAddr) {
+        let address = address.ip().to_canonical();
+        let known = self.second.get(host).filter(|known| now.since(known.last) < FORGET);
+        let (since, calls) = known.map_or((now, 1), |known| (known.since, known.calls + 1));
+        self.second.insert(host.clone(), SecondMonitor { address, since, last: now, calls });
+    }
+
+    fn troubles(&self, now: Instant, host: &HostId) -> Vec<String> {
+        let second = self.second.get(host).filter(|known| now.since(known.last) < FORGET);
+        let words = second.map(|second| {
+            format!(
+                "a second monitor with this host's certificate calls from {} and is refused (for {} s, {} calls): want a certificate \
+                 of its own on each host (`violin pki host`)",
+                second.address,
+                now.since(second.since).as_secs(),
+                second.calls
+            )
+        });
+        words.into_iter().collect()
+    }
+
     /// A connected host's connection.
     pub fn connection(&self, host: &HostId) -> Option<quinn::Connection> {
         self.hosts.get(host)?.connection.clone()
@@ -302,6 +341,7 @@ impl World {
                 vms: snapshot.vms.iter().filter(|(_, vm)| vm.host == *name).map(|(vm, _)| vm.clone()).collect(),
                 draining: self.state.takes_nothing(name),
                 staying: self.refusals.iter().filter(|refusal| keeps(refusal, name)).map(ToString::to_string).collect(),
+                troubles: self.troubles(now, name),
             }
         });
         list.collect()

@@ -21,6 +21,16 @@ pub enum Record {
     V1(RecordV1),
 }
 
+impl Record {
+    /// The key pair it holds, and the environment that this is of. The journal keeps the private half apart.
+    pub fn keys_mut(&mut self) -> Option<(&EnvironmentId, &mut Keys)> {
+        match self {
+            Self::V1(RecordV1::EnvironmentBegins(stored)) => Some((&stored.spec.name, &mut stored.keys)),
+            Self::V1(_) => None,
+        }
+    }
+}
+
 /// What happened, or is about to.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum RecordV1 {
@@ -174,7 +184,7 @@ pub struct StoredEnvironment {
 pub struct Keys {
     /// One line, as in `authorized_keys`.
     pub public: String,
-    /// PEM.
+    /// PEM; empty on disk but in journals of earlier versions, and where its file beside the journal was lost.
     pub private: String,
 }
 

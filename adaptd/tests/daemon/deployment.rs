@@ -129,6 +129,25 @@ impl Deployment {
         self.until("all are back", |deployment| deployment.connected() == 3).await;
     }
 
+    /// Files of the manager that hold these words, wherever in them, by their paths below its folder.
+    pub(crate) fn files_with(&self, words: &str) -> Vec<String> {
+        fn look(folder: &Path, top: &Path, words: &str, found: &mut Vec<String>) {
+            for path in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+                if path.is_dir() {
+                    look(&path, top, words, found);
+                } else if path.is_file()
+                    && std::fs::read(&path).unwrap().windows(words.len()).any(|window| window == words.as_bytes())
+                {
+                    found.push(path.strip_prefix(top).unwrap().display().to_string());
+                }
+            }
+        }
+        let mut found = Vec::new();
+        look(self.directory.path(), self.directory.path(), words, &mut found);
+        found.sort();
+        found
+    }
+
     pub(crate) fn journal(&self) -> PathBuf {
         self.directory.path().join("journal.redb")
     }
@@ -152,6 +171,37 @@ impl Deployment {
         let (address, table) = (self.address, Arc::clone(&self.table));
         let task = tokio::spawn(monitor(host.parse().unwrap(), domain.to_owned(), cores, tls, address, table));
         self.monitors.insert(host.into(), task);
+    }
+
+    /// Starts a second monitor with a host's certificate.
+    pub(crate) fn start_second_monitor(&mut self, host: &str) {
+        let first = self.monitors.remove(host).unwrap();
+        self.start_monitor(host);
+        let second = self.monitors.insert(host.into(), first).unwrap();
+        self.monitors.insert(format!("{host}, the second"), second);
+    }
+
+    /// Has a host's monitor run on a thread of its own until `freeze` is heard from: then it hangs, and its connection stands.
+    pub(crate) fn freeze_monitor(&mut self, host: &str) -> tokio::sync::oneshot::Sender<()> {
+        self.kill_monitor(host);
+        let (_, domain, cores) = HOSTS.into_iter().find(|(name, _, _)| *name == host).unwrap();
+        let path = |end: &str| self.directory.path().join(format!("{host}{end}"));
+        let tls = Tls { ca: path("-ca.pem"), cert: path(".pem"), key: path(".key") };
+        let (address, table, host) = (self.address, Arc::clone(&self.table), host.parse().unwrap());
+        let (freeze, frozen) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let running = monitor(host, domain.to_owned(), cores, tls, address, table);
+                tokio::pin!(running);
+                tokio::select! { () = &mut running => {}, _ = frozen => {} }
+                // Nothing of it is dropped, and nobody looks after its socket any more.
+                loop {
+                    std::thread::park();
+                }
+            });
+        });
+        freeze
     }
 
     /// Ends a monitor as SIGKILL would: its connection, not its VMs.

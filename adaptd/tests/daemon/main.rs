@@ -46,15 +46,53 @@ async fn an_environment_comes_up_as_a_whole_and_goes_without_a_trace() {
 
     let key = deployment.directory.path().join("keys/alpha");
     assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
-    assert!(std::fs::read_to_string(&key).unwrap().contains("OPENSSH PRIVATE KEY"));
+    let secret = std::fs::read_to_string(&key).unwrap();
+    assert!(secret.contains("OPENSSH PRIVATE KEY"));
+    let secret = secret.lines().nth(2).unwrap().to_owned();
+    assert_eq!(deployment.files_with(&secret), ["journal.redb.keys/alpha", "keys/alpha"]);
     let AdaptReply::Environments(list) = deployment.ask_blocking(&AdaptRequest::EnvList).unwrap() else { panic!() };
     assert_eq!(list[0].vms.len(), 5);
     let access = deployment.ask(AdaptRequest::Access { environment: "alpha".parse().unwrap() }).await.unwrap();
     assert!(matches!(access, AdaptReply::Access { host, .. } if host == *list[0].vms[4].host.as_ref().unwrap()));
     deployment.ask(AdaptRequest::EnvDown { environment: "alpha".parse().unwrap() }).await.unwrap();
     assert!(deployment.table.lock().unwrap().vms.values().all(std::collections::BTreeMap::is_empty));
-    assert!(!key.exists());
+    // Neither in the journal nor anywhere else, the log included; nor once the next manager has read it.
+    assert_eq!(deployment.files_with(&secret), [""; 0]);
     assert!(deployment.terminate(), "{}", deployment.log());
+    deployment.start();
+    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
+    assert_eq!(deployment.files_with(&secret), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_manager_knows_the_keys_of_its_environments_again() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.up("alpha", &ALPHA).await;
+    let (key, beside) =
+        (deployment.directory.path().join("keys/alpha"), deployment.directory.path().join("journal.redb.keys/alpha"));
+    let secret = std::fs::read(&key).unwrap();
+
+    deployment.kill();
+    std::fs::remove_file(&key).unwrap();
+    deployment.start();
+    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
+
+    assert_eq!(std::fs::read(&key).unwrap(), secret);
+    // What moves is told the same again.
+    deployment.ask(AdaptRequest::VmMigrate { vm: "alpha-c1".parse().unwrap(), to: "h3".parse().unwrap() }).await.unwrap();
+    let specs = deployment.table.lock().unwrap().specs.clone();
+    let told = |vm: &str| {
+        specs[&vm.parse().unwrap()].0.guest_config.lines().find(|line| line.contains("SSH_PRIVATE")).unwrap().to_owned()
+    };
+    assert_eq!(told("alpha-c1"), told("alpha-c2"));
+    // Lost: it says so and what to do, and all else goes on.
+    deployment.kill();
+    std::fs::remove_file(&beside).unwrap();
+    deployment.start();
+    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
+    assert!(deployment.log().contains("the private key of environment alpha is missing: want it in"), "{}", deployment.log());
+    deployment.ask(down("alpha")).await.unwrap();
+    assert!(!key.exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -991,4 +1029,39 @@ async fn an_order_to_give_up_a_move_is_answered_while_the_move_waits_for_a_host(
     deployment.release();
     deployment.until("it is there", |deployment| deployment.moved() == ["alpha-c1 h1 h3"]).await;
     let _ = asking.await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_monitor_with_one_certificate_is_refused_and_the_first_stays() {
+    let mut deployment = Deployment::new("observe").await;
+    let gone = deployment.log().matches("monitor gone").count();
+
+    deployment.start_second_monitor("h1");
+
+    let troubles = |deployment: &Deployment| of_host(deployment, "h1").map(|host| host.troubles).unwrap_or_default();
+    let calls = |words: &str| words.contains("calls from 127.0.0.1 and is refused") && !words.contains(" 1 calls");
+    deployment.until("it is refused more than once", |deployment| troubles(deployment).iter().any(|words| calls(words))).await;
+    assert!(of_host(&deployment, "h1").unwrap().connected);
+    let log = deployment.log();
+    assert_eq!(log.matches("two monitors use the certificate of h1").count(), 1, "{log}");
+    assert_eq!(log.matches("monitor gone").count(), gone, "{log}");
+
+    // Its place is free: the second one may have it.
+    deployment.kill_monitor("h1");
+    let back = |deployment: &Deployment| deployment.log().matches("monitor connected host=h1").count() == 2;
+    deployment.until("the second one takes the place", back).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_monitor_that_started_anew_is_taken_although_the_connection_of_the_old_one_still_stands() {
+    let mut deployment = Deployment::new("observe").await;
+    let came = |count| move |deployment: &Deployment| deployment.log().matches("monitor connected host=h1").count() == count;
+    let freeze = deployment.freeze_monitor("h1");
+    deployment.until("it is connected again", came(2)).await;
+    freeze.send(()).unwrap();
+
+    deployment.start_monitor("h1");
+
+    deployment.until("the new one is taken", came(3)).await;
+    assert_eq!(deployment.log().matches("two monitors").count(), 0);
 }

@@ -1,95 +1,126 @@
-//! `cp`: a file into or out of a node. What was there stays until the whole has come.
+//! `cp`: files into or out of a node, as scp does it. What was there stays until the whole has come.
+//!
+//! What comes out of a guest is never unpacked by a program: it is named here, file by file, and no set-user-ID bit leaves a
+//! guest.
+
+mod fetching;
+mod sending;
 
 use super::reach::{Way, quoted};
 use crate::target::Target;
 use anyhow::{Context, Result, bail};
-use std::fs::{self, File, Permissions};
-use std::io::{self, Seek};
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-/// Copies a file: one side is `ENV:NODE:PATH`.
-pub(crate) fn copy(target: &Target, from: &str, to: &str) -> Result<()> {
-    let (remote, local, into) = match (from.split_once(':'), to.split_once(':')) {
-        (Some(remote), None) => (remote, to, false),
-        (None, Some(remote)) => (remote, from, true),
-        _ => bail!("got {from:?} and {to:?}, want a local path and ENV:NODE:PATH, in either order"),
+/// What is kept and taken.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(crate) struct How {
+    /// Copy folders with all that is in them.
+    #[arg(short, long)]
+    recursive: bool,
+    /// Keep times and modes as they are, whatever the umask.
+    #[arg(short, long)]
+    preserve: bool,
+}
+
+/// `ENV:NODE:PATH`, taken apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Remote<'a> {
+    environment: &'a str,
+    node: &'a str,
+    path: &'a str,
+}
+
+/// A path of a node; `None` of this machine. As with scp a slash before the first colon makes it one of here.
+fn remote(text: &str) -> Result<Option<Remote<'_>>> {
+    let Some((environment, rest)) = text.split_once(':').filter(|(environment, _)| !environment.contains('/')) else {
+        return Ok(None);
     };
-    let (node, path) = remote.1.split_once(':').with_context(|| format!("got {:?}, want ENV:NODE:PATH", remote.1))?;
-    let way = Way::open(target, &remote.0.parse()?)?;
-    let command = way.ssh(way.vm(Some(node))?.address);
-    if into { send(command, Path::new(local), path) } else { fetch(command, path, Path::new(local)) }
+    let (node, path) = rest.split_once(':').with_context(|| format!("got {text:?}, want ENV:NODE:PATH (or ./{text})"))?;
+    // As with scp, no path is the home folder, where a node's shell starts.
+    Ok(Some(Remote { environment, node, path: if path.is_empty() { "." } else { path } }))
 }
 
-fn succeed(mut command: Command) -> Result<()> {
-    let status = command.status().context("cannot run nsenter (Debian package util-linux) and ssh (openssh-client)")?;
-    if status.success() { Ok(()) } else { bail!("copy failed: {status}") }
-}
-
-fn send(mut command: Command, local: &Path, path: &str) -> Result<()> {
-    let file = of_known_length(local).with_context(|| format!("cannot read {}", local.display()))?;
-    let bytes = file.metadata()?.len();
-    command.arg(receiving(path, bytes)).stdin(file);
-    succeed(command)
-}
-
-/// The file; of a pipe or device all that comes out of it.
-fn of_known_length(local: &Path) -> io::Result<File> {
-    let mut file = File::open(local)?;
-    if file.metadata()?.is_file() {
-        return Ok(file);
+/// Copies: either all of `from` or `to` is `ENV:NODE:PATH`. One that cannot be copied does not keep the others.
+pub(crate) fn copy(target: &Target, from: &[String], to: &str, how: How) -> Result<()> {
+    let sources = from.iter().map(|from| remote(from)).collect::<Result<Vec<_>>>()?;
+    let several = from.len() > 1;
+    crate::signals::heed(fetching::end)?;
+    let mut failed = 0;
+    let mut note = |result: Result<()>| match result {
+        Err(error) if several => {
+            eprintln!("violin: {error:#}");
+            failed += 1;
+            Ok(())
+        }
+        result => result,
+    };
+    match remote(to)? {
+        Some(to) if sources.iter().all(Option::is_none) => {
+            let way = Way::open(target, &to.environment.parse()?)?;
+            let node = Node { address: way.vm(Some(to.node))?.address, way: &way };
+            for from in from {
+                note(sending::send(&node, from, to.path, several, how).with_context(|| format!("{from} was not copied")))?;
+            }
+        }
+        None if sources.iter().all(Option::is_some) => {
+            if several && !Path::new(to).is_dir() {
+                bail!("got {to}, want a folder that is there: several files were given");
+            }
+            for (text, from) in from.iter().zip(sources.into_iter().flatten()) {
+                let way = Way::open(target, &from.environment.parse()?)?;
+                let node = Node { address: way.vm(Some(from.node))?.address, way: &way };
+                note(fetching::fetch(&node, from.path, Path::new(to), how).with_context(|| format!("{text} was not copied")))?;
+            }
+        }
+        _ => bail!("got {} and {to:?}, want paths here and ENV:NODE:PATH, in either order", from.join(" ")),
     }
-    let mut all = tempfile::tempfile()?;
-    io::copy(&mut file, &mut all)?;
-    all.rewind()?;
-    Ok(all)
+    if failed == 0 { Ok(()) } else { bail!("{failed} of {} not copied", from.len()) }
 }
 
-/// Receives a file on a node, in its shell's words. A connection that breaks ends `cat` as a whole file does: only the length
-/// tells them apart. A pipe, a device or a file of the kernel's is written as it comes; a link stays one; mode and owner stay.
-fn receiving(path: &str, bytes: u64) -> String {
-    let path = quoted(path);
-    format!(
-        r#"path=$(readlink -f -- {path}) || path={path}
-case $path in /proc/*|/sys/*) exec cat > "$path";; esac
-if [ -e "$path" ] && [ ! -f "$path" ]; then exec cat > "$path"; fi
-part=$path.$$.part
-set -C
-: > "$part" || exit 1
-set +C
-trap 'rm -f -- "$part"' EXIT
-cat > "$part" || exit 1
-came=$(wc -c < "$part")
-[ "$came" -ge {bytes} ] || {{ echo "got $came bytes, want {bytes}: try again" >&2; exit 1; }}
-if [ -e "$path" ]; then
-    chown "$(stat -c %u:%g -- "$path")" "$part" && chmod "$(stat -c %a -- "$path")" "$part" || exit 1
-fi
-mv -f -- "$part" "$path""#
-    )
+/// A node and the way to it.
+#[derive(Debug)]
+struct Node<'a> {
+    way: &'a Way,
+    address: std::net::Ipv4Addr,
 }
 
-fn fetch(mut command: Command, path: &str, local: &Path) -> Result<()> {
-    let cannot = || format!("cannot write {}", local.display());
-    command.arg(format!("cat -- {}", quoted(path))).stdin(Stdio::null());
-    let there = fs::metadata(local).ok();
-    if there.as_ref().is_some_and(|meta| !meta.is_file()) {
-        // A pipe or device is written as it comes.
-        command.stdout(File::create(local).with_context(cannot)?);
-        return succeed(command);
+impl Node<'_> {
+    fn shell(&self, script: &str) -> Command {
+        let mut command = self.way.ssh(self.address);
+        command.arg(script);
+        command
     }
-    // What a link names is replaced, not the link.
-    let local = fs::canonicalize(local).unwrap_or_else(|_| local.to_owned());
-    let folder = local.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
-    // As any new file: the umask is taken off.
-    let mode = Permissions::from_mode(0o666);
-    let part = tempfile::Builder::new().prefix(".violin-").suffix(".part").permissions(mode).tempfile_in(folder);
-    let part = part.with_context(cannot)?;
-    if let Some(there) = there {
-        part.as_file().set_permissions(there.permissions()).with_context(cannot)?;
+}
+
+/// A path in words of a node's shell, such that no tool takes it for an option.
+fn at(path: &str) -> String {
+    quoted(&if path.starts_with('/') { path.to_owned() } else { format!("./{path}") })
+}
+
+/// Last part of a path, by which a copy is called in a folder; of a folder without (`.`, `/`) what is in it is copied.
+fn name(path: &str) -> Option<&str> {
+    let name = path.trim_end_matches('/').rsplit('/').next()?;
+    Some(name).filter(|name| !["", ".", ".."].contains(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slash_before_the_colon_makes_a_path_one_of_here() {
+        let c1 = Remote { environment: "alpha", node: "c1", path: "/x:y" };
+        assert_eq!(remote("alpha:c1:/x:y").unwrap(), Some(c1));
+        assert_eq!(remote("alpha:c1:").unwrap(), Some(Remote { path: ".", ..c1 }));
+        assert_eq!((remote("./a:b").unwrap(), remote("a").unwrap()), (None, None));
+        assert!(remote("a:b").unwrap_err().to_string().contains("./a:b"));
     }
-    command.stdout(part.as_file().try_clone().with_context(cannot)?);
-    succeed(command)?;
-    part.persist(&local).with_context(cannot)?;
-    Ok(())
+
+    #[test]
+    fn what_has_no_name_of_its_own_is_its_content() {
+        for (path, wanted) in [("/a/b", Some("b")), ("a/", Some("a")), (".", None), ("a/.", None), ("/", None), ("..", None)] {
+            assert_eq!(name(path), wanted, "{path}");
+        }
+    }
 }

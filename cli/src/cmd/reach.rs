@@ -3,6 +3,7 @@
 use crate::target::Target;
 use anyhow::{Context, Result, bail};
 use std::fmt::Write as _;
+use std::io::IsTerminal as _;
 use std::net::Ipv4Addr;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,8 @@ const SSH_OPTIONS: [&str; 10] = [
     "-o",
     "ConnectTimeout=20",
 ];
+
+pub(super) const MISSING: &str = "cannot run nsenter (Debian package util-linux) and ssh (openssh-client)";
 
 impl Way {
     /// Opens the environment's access namespace (or finds it open), which must be on this machine, as the manager is.
@@ -73,9 +76,13 @@ impl Way {
 
     pub(super) fn ssh(&self, address: Ipv4Addr) -> Command {
         let mut command = self.within("ssh");
-        command.arg(format!("root@{address}"));
+        command.arg(destination(address));
         command
     }
+}
+
+fn destination(address: Ipv4Addr) -> String {
+    format!("root@{address}")
 }
 
 /// One word of a command for a node's shell.
@@ -83,12 +90,72 @@ pub(super) fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', "'\\''"))
 }
 
+/// What the operator wants run, in words of a node's shell. One word alone is a line for it, as with ssh; of several, each
+/// reaches the program as it is.
+fn line(words: &[String]) -> String {
+    match words {
+        [line] => line.clone(),
+        words => words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" "),
+    }
+}
+
+/// Runs a line on a node such that its status comes back: of a program that a signal ended, an ssh server tells no number,
+/// and ssh ends as if it had not reached the node. 128 and the signal's is what a shell says.
+fn minded(line: &str) -> String {
+    format!("trap : INT QUIT TERM\nsh -c -- {}\nexit $?", quoted(line))
+}
+
+/// Runs a line on a node such that it ends with its connection, as a terminal's hang-up would end it.
+///
+/// Without a terminal a broken connection is no signal to anybody, and a job that neither reads nor writes would go on for
+/// ever. So one watches beside it whether its parent, the ssh server's process for this connection, is still there. The job
+/// is in a process group of its own, which goes as a whole; what leaves that group (`setsid`) stays, as with ssh.
+fn guarded(line: &str) -> String {
+    let guarded = format!(
+        r#"( ( trap '' TERM
+    while sleep 1; do
+        read -r stat < "/proc/$$/stat" || exit
+        set -- ${{stat##*) }}
+        [ "$2" = "$PPID" ] || break
+    done
+    kill -TERM "-$$"
+    sleep 5
+    kill -KILL "-$$" ) < /dev/null > /dev/null 2>&1 & )
+{}"#,
+        minded(line)
+    );
+    format!(
+        r#"read -r stat < "/proc/$$/stat"
+set -- ${{stat##*) }}
+[ "$3" = "$$" ] || exec setsid sh -c {guarded}
+exec sh -c {guarded}"#,
+        guarded = quoted(&guarded)
+    )
+}
+
+/// Gives this process to ssh with that line on a node: with a terminal there when there is one here, both ways.
+fn become_ssh(way: &Way, address: Ipv4Addr, line: &str) -> Result<()> {
+    let mut command = if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() {
+        let mut command = way.within("ssh");
+        command.arg("-t").arg(destination(address)).arg(minded(line));
+        command
+    } else {
+        let mut command = way.ssh(address);
+        command.arg(guarded(line));
+        command
+    };
+    Err(command.exec()).context(MISSING)
+}
+
 /// Opens a shell on a node, or runs a command there.
 pub(crate) fn ssh(target: &Target, environment: &EnvironmentId, node: Option<&str>, words: &[String]) -> Result<()> {
     let way = Way::open(target, environment)?;
-    let mut command = way.ssh(way.vm(node)?.address);
-    command.args(words);
-    Err(command.exec()).context("cannot run nsenter (Debian package util-linux) and ssh (openssh-client)")
+    let address = way.vm(node)?.address;
+    if words.is_empty() {
+        // ssh itself asks for a terminal where there is one.
+        return Err(way.ssh(address).exec()).context(MISSING);
+    }
+    become_ssh(&way, address, &line(words))
 }
 
 /// Runs an MPI program over an environment's compute nodes, started from its head node.
@@ -109,18 +176,22 @@ pub(crate) fn run(
         slots += vcpus;
         writeln!(hosts, "{node} slots={vcpus}")?;
     }
+    let ranks = ranks.unwrap_or(slots);
+    if ranks == 0 || ranks > slots {
+        bail!("got {ranks} ranks, want 1 to {slots}: the compute nodes of {environment} have {slots} vCPUs, one for each rank");
+    }
     let network = &way.environment.spec.network;
     let mask = format!("{}/{}", network.address, network.prefix_len);
-    let quoted: Vec<_> = words.iter().map(|word| quoted(word)).collect();
+    let program = words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
+    let directory = quoted(directory);
     let script = format!(
-        "file=$(mktemp) && printf '%s' '{hosts}' > $file && cd '{directory}' && \
-         mpirun --allow-run-as-root --hostfile $file -np {} --wdir '{directory}' \
-         --mca btl tcp,self --mca btl_tcp_if_include {mask} --mca oob_tcp_if_include {mask} {}; \
-         status=$?; rm -f $file; exit $status",
-        ranks.unwrap_or(slots),
-        quoted.join(" "),
+        "cd -- {directory} && file=$(mktemp) || exit 1
+trap 'rm -f \"$file\"' EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+printf '%s' '{hosts}' > \"$file\" && mpirun --allow-run-as-root --hostfile \"$file\" -np {ranks} --wdir \"$PWD\" \
+         --mca btl tcp,self --mca btl_tcp_if_include {mask} --mca oob_tcp_if_include {mask} {program}"
     );
-    let mut command = way.ssh(way.vm(None)?.address);
-    command.arg(script);
-    Err(command.exec()).context("cannot run nsenter (Debian package util-linux) and ssh (openssh-client)")
+    become_ssh(&way, way.vm(None)?.address, &script)
 }

@@ -105,6 +105,9 @@ pub(crate) fn hosts(target: &Target, output: Output) -> Result<()> {
     )?;
     if !output.json {
         hosts.iter().flat_map(|host| &host.staying).for_each(|words| say!("{words}"));
+        for host in &hosts {
+            host.troubles.iter().for_each(|words| say!("{}: {words}", host.host));
+        }
     }
     Ok(())
 }

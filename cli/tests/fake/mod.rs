@@ -2,6 +2,9 @@
 #![allow(dead_code)] // Each test program uses its part.
 #![allow(unreachable_pub)] // A test program has no outside.
 
+pub mod guest;
+pub mod places;
+
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -11,17 +14,18 @@ use violin_common::api::Response;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, EnvironmentLife, EnvironmentSeen, VmListed};
 use violin_common::config::environment::{EnvironmentSpec, Node};
 
-/// Runs what comes behind the address, as a node's shell would. With CUT its input or output ends after so many bytes, as
-/// when the connection breaks.
+/// Runs what comes behind the address, as a node's shell would. With CUT its input and output end after so many bytes, as
+/// when the connection breaks. NODE_TOOLS is the folder of the node's programs, if they are not this machine's.
 const NSENTER: &str = r#"#!/bin/sh
 while [ "${1#root@}" = "$1" ]; do shift; done
 shift
+[ -z "$NODE_TOOLS" ] || PATH=$NODE_TOOLS:${0%/*}
 [ -n "$CUT" ] || exec sh -c "$*"
-case "$*" in
-"cat -- "*) sh -c "$*" | head -c "$CUT"; exit 255 ;;
-*) head -c "$CUT" | sh -c "$*"; exit 255 ;;
-esac
+head -c "$CUT" | sh -c "$*" | head -c "$CUT"
+exit 255
 "#;
+
+pub const ALPHA: &str = include_str!("../../../configs/environments/alpha.toml");
 
 #[derive(Debug)]
 pub struct Manager {
@@ -50,9 +54,14 @@ impl Manager {
 
     /// One with the environment alpha, whose access namespace it says to be there.
     pub fn of_alpha(netns: &str) -> Self {
-        let netns = netns.to_owned();
+        Self::of(ALPHA, netns)
+    }
+
+    /// The same with an environment of another shape.
+    pub fn of(alpha: &str, netns: &str) -> Self {
+        let (spec, netns) = (EnvironmentSpec::parse(alpha).unwrap(), netns.to_owned());
         Self::new(move |request| match request {
-            AdaptRequest::EnvList => Response::Ok(AdaptReply::Environments(vec![alpha()])),
+            AdaptRequest::EnvList => Response::Ok(AdaptReply::Environments(vec![seen(&spec)])),
             AdaptRequest::Access { .. } => Response::Ok(AdaptReply::Access { host: "h2".parse().unwrap(), netns: netns.clone() }),
             other => Response::Error(format!("got {other:?}")),
         })
@@ -71,12 +80,27 @@ impl Manager {
     }
 }
 
+/// Runs all tests of this program again, on nodes whose tools are busybox's, as those of the guest image are.
+pub fn again_on_busybox() {
+    let tools = tempfile::tempdir().unwrap();
+    let installed = Command::new("busybox").args(["--install", "-s"]).arg(tools.path()).status();
+    assert!(installed.expect("busybox (Debian package busybox-static)").success());
+
+    let output = Command::new(std::env::current_exe().unwrap()).env("NODE_TOOLS", tools.path()).output().unwrap();
+
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && !told.contains("running 0 tests"), "{told}{}", said(&output));
+}
+
 pub fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 pub fn alpha() -> EnvironmentSeen {
-    let spec = EnvironmentSpec::parse(include_str!("../../../configs/environments/alpha.toml")).unwrap();
+    seen(&EnvironmentSpec::parse(ALPHA).unwrap())
+}
+
+fn seen(spec: &EnvironmentSpec) -> EnvironmentSeen {
     let listed = |node: &Node| VmListed {
         vm: node.vm.clone(),
         environment: spec.name.clone(),
@@ -99,6 +123,6 @@ pub fn alpha() -> EnvironmentSeen {
         life: EnvironmentLife::Ready,
         progress: None,
         progress_s: None,
-        spec,
+        spec: spec.clone(),
     }
 }

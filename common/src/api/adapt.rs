@@ -182,6 +182,9 @@ pub struct HostSeen {
     /// What keeps those VMs on it that cannot leave a draining host, in words.
     #[serde(default)]
     pub staying: Vec<String>,
+    /// What else is wrong with it, in words.
+    #[serde(default)]
+    pub troubles: Vec<String>,
 }
 
 /// How a VM is, as far as it is known at present.

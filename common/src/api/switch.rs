@@ -179,6 +179,8 @@ pub enum SwitchRequest {
         /// The VM's MAC.
         mac: MacAddr,
     },
+    /// Answers [`SwitchReply::PortConditions`].
+    PortConditions,
 }
 
 /// The daemon at a glance.
@@ -238,14 +240,70 @@ pub struct PortSeen {
     pub traffic: PortTraffic,
 }
 
-/// A peer as listed.
+/// Whether a port works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PortCondition {
+    /// Attached: frames flow.
+    Attached,
+    /// What it is attached to is not there (yet).
+    Waiting,
+    /// Shut: the guard that keeps it apart from the host's own stack was taken away and could not be put back.
+    GuardLost,
+    /// Its interface is needed by the host itself; tried again when the configuration is read again.
+    Refused,
+}
+
+/// How a port is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PortConditionSeen {
+    /// Which.
+    pub port: PortId,
+    /// Whether it works.
+    pub condition: PortCondition,
+    /// What it waits for, or why it is shut.
+    pub what: Option<String>,
+    /// For how many seconds that has been so.
+    pub since_s: u64,
+    /// How often somebody took its guard away; where it is attached, it was put back.
+    pub guard_losses: u32,
+}
+
+/// What kind of trouble there is with a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TroubleKind {
+    /// Nobody answers where it is called.
+    NoAnswer,
+    /// It was connected, and is not any more.
+    Lost,
+    /// It refuses us, or we refuse it.
+    Refused,
+    /// A second switch with the same certificate is refused.
+    Twin,
+}
+
+/// What is wrong with a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PeerTrouble {
+    /// What kind of.
+    pub kind: TroubleKind,
+    /// In words, with what to do.
+    pub why: String,
+    /// For how many seconds.
+    pub for_s: u64,
+}
+
+/// A peer as listed: every member that is known, every `join` address nobody has answered at, and whoever has our own name.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct PeerSeen {
-    /// Its host.
-    pub host: HostId,
-    /// Its domain.
-    pub domain: DomainId,
+    /// Its host; none: a `join` address nobody has answered at.
+    pub host: Option<HostId>,
+    /// Its domain; none: it was never connected.
+    pub domain: Option<DomainId>,
     /// Where its mesh port is.
     pub address: SocketAddr,
     /// Whether the control channel stands.
@@ -258,6 +316,9 @@ pub struct PeerSeen {
     pub datagrams_out: u64,
     /// See above.
     pub datagrams_in: u64,
+    /// Why it is not connected, and what else is wrong with it.
+    #[serde(default)]
+    pub troubles: Vec<PeerTrouble>,
 }
 
 /// Where a MAC is.
@@ -352,4 +413,6 @@ pub enum SwitchReply {
     Traffic(Vec<TrafficSeen>),
     /// To `MoveStatus`.
     Move(MoveSeen),
+    /// To `PortConditions`.
+    PortConditions(Vec<PortConditionSeen>),
 }

@@ -92,6 +92,9 @@ pub enum PortConfig {
         interface: String,
         /// Owned MAC with its VM's name; none: sources are learned.
         mac: Option<MacAddr>,
+        /// Whether it is taken although the host itself needs it.
+        #[serde(default)]
+        take_over: bool,
     },
     /// A TAP made by the switch.
     #[serde(rename_all = "kebab-case")]

@@ -18,6 +18,8 @@ pub const OLDEST: u16 = 1;
 pub mod feature {
     /// Senders can hold frames for a MAC while it moves. Reserved: no switch offers it yet.
     pub const HOLD: u64 = 1;
+    /// Understands [`super::Message::Forgotten`]; to others it is not sent.
+    pub const FORGET: u64 = 2;
 }
 
 /// First message of either end.
@@ -155,6 +157,14 @@ pub enum Message {
     },
     /// The sender leaves: do not call it again.
     Leave,
+    /// Stations learned at a port of the sender that has lost its interface, or was removed, are not there any more. Only for
+    /// peers with [`feature::FORGET`].
+    Forgotten {
+        /// Network.
+        vni: Vni,
+        /// Outer VLAN identifier and address of each.
+        stations: Vec<(u16, MacAddr)>,
+    },
 }
 
 #[cfg(test)]
@@ -167,13 +177,15 @@ mod tests {
         let owned = OwnedAt { vni: Vni::new(5).unwrap(), mac: MacAddr([2, 0, 0, 0, 0, 1]), epoch: Epoch::FIRST };
         let mac = b"\x1102:00:00:00:00:01";
         let owned_bytes = [&[5][..], mac, &[1, 1]].concat();
-        let cases: [(Message, Vec<u8>); 6] = [
+        let forgotten = Message::Forgotten { vni: Vni::new(5).unwrap(), stations: vec![(300, MacAddr([2, 0, 0, 0, 0, 1]))] };
+        let cases: [(Message, Vec<u8>); 7] = [
             (Message::Networks(vec![Vni::new(300).unwrap()]), vec![2, 1, 0xac, 2]),
             (Message::Owned { all: true, macs: vec![owned] }, [&[3, 1, 1][..], &owned_bytes].concat()),
             (Message::Disowned(owned), [&[4][..], &owned_bytes].concat()),
             (Message::Move { owned, step: Step::Fence }, [&[7][..], &owned_bytes, &[4]].concat()),
             (Message::Move { owned, step: Step::Hold { lease_ms: 500 } }, [&[7][..], &owned_bytes, &[7, 0xf4, 3]].concat()),
             (Message::Leave, vec![8]),
+            (forgotten, [&[9, 5, 1, 0xac, 2][..], mac].concat()),
         ];
         for (message, bytes) in cases {
             assert_eq!(postcard::to_stdvec(&message).unwrap(), bytes, "{message:?}");

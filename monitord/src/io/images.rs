@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use violin_channel::frame;
-use violin_channel::quic::{Endpoint, admit};
+use violin_channel::quic::Endpoint;
 use violin_common::control::monitor::ImageDigest;
 
 /// Bytes read and written at a time.
@@ -180,23 +180,17 @@ impl Images {
 
     /// Gives images to other monitors for as long as the endpoint is open.
     pub async fn serve(self: Arc<Self>, endpoint: Endpoint) {
-        while let Some(incoming) = endpoint.accept().await {
+        let admitted = move |connection: quinn::Connection, identity| {
             let images = Arc::clone(&self);
-            tokio::spawn(async move {
-                let (connection, identity) = match admit(incoming).await {
-                    Ok(admitted) => admitted,
-                    Err(error) => {
-                        tracing::warn!(%error, "image port");
-                        return;
-                    }
-                };
+            async move {
                 tracing::debug!(%identity, "asks for images");
                 while let Ok((send, recv)) = connection.accept_bi().await {
                     let images = Arc::clone(&images);
                     tokio::spawn(async move { images.answer(send, recv).await });
                 }
-            });
-        }
+            }
+        };
+        endpoint.serve(|| (), admitted).await;
     }
 
     /// Serves one asker's stream.

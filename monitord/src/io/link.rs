@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 use violin_channel::frame::{self, FrameError};
-use violin_channel::quic::Endpoint;
+use violin_channel::quic::{self, Endpoint};
 use violin_common::control::monitor::{Answer, Command, Report};
 
 /// First and longest pause between two attempts to reach the manager.
@@ -13,14 +13,36 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 
 /// Keeps a connection to the manager for ever.
 pub(crate) async fn keep(monitor: Arc<Monitor>, endpoint: Endpoint, manager: std::net::SocketAddr) {
-    let mut pause = BACKOFF.0;
+    let (mut pause, mut refused) = (BACKOFF.0, None);
     loop {
         match endpoint.connect(manager, None).await {
             Ok((connection, identity)) => {
-                tracing::info!(%manager, %identity, "connected to the manager");
                 let begun = tokio::time::Instant::now();
-                let error = converse(&monitor, &connection).await;
-                tracing::warn!(%manager, %error, "the manager is lost; commands under way are carried on");
+                let connected = async {
+                    if refused.is_some() {
+                        // It may refuse us again.
+                        tokio::time::sleep(BACKOFF.1).await;
+                    }
+                    tracing::info!(%manager, %identity, "connected to the manager");
+                    std::future::pending::<String>().await
+                };
+                let error = tokio::select! {
+                    biased;
+                    never = connected => never,
+                    error = converse(&monitor, &connection) => error,
+                };
+                match quic::refusal(&connection) {
+                    // Said once, not at each call.
+                    Some(why) if refused.as_ref() == Some(&why) => tracing::debug!(%manager, "refused again"),
+                    Some(why) => {
+                        tracing::warn!(%manager, "the manager refuses this monitor, and is called again all the same: {why}");
+                        refused = Some(why);
+                    }
+                    None => {
+                        tracing::warn!(%manager, %error, "the manager is lost; commands under way are carried on");
+                        refused = None;
+                    }
+                }
                 connection.close(quinn::VarInt::from_u32(0), b"");
                 if begun.elapsed() > BACKOFF.1 {
                     pause = BACKOFF.0;

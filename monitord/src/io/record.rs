@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use violin_common::control::monitor::VmSpec;
 use violin_common::{Epoch, VmId};
 
+/// How the name of a file ends that is not whole yet.
+const NEW: &str = "new";
+
 /// One VM's file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -34,6 +37,13 @@ impl Records {
     pub fn open(run: &Path) -> io::Result<Self> {
         let dir = run.join("vms");
         super::private::folder(&dir)?;
+        for entry in fs::read_dir(&dir)? {
+            // Left by a kill in the middle of a write: nobody would read it, nor remove it when its VM ends.
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == NEW) {
+                fs::remove_file(path)?;
+            }
+        }
         Ok(Self { dir })
     }
 
@@ -44,7 +54,7 @@ impl Records {
     /// Writes one, in place of the old.
     pub fn write(&self, record: &Record) -> io::Result<()> {
         let path = self.path(&record.spec.vm);
-        let temporary = path.with_extension("new");
+        let temporary = path.with_extension(NEW);
         super::private::write(&temporary, serde_json::to_vec_pretty(record).map_err(io::Error::other)?)?;
         fs::rename(temporary, path)
     }
@@ -71,5 +81,23 @@ impl Records {
             }
         }
         Ok(records)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_kill_left_half_written_goes() {
+        let run = tempfile::tempdir().unwrap();
+        let records = Records::open(run.path()).unwrap();
+        let (whole, half) = (records.dir.join("alpha-c1.json"), records.dir.join("alpha-c2.new"));
+        fs::write(&whole, "{}").unwrap();
+        fs::write(&half, "VIOLIN_SSH_PRIVATE=").unwrap();
+
+        Records::open(run.path()).unwrap();
+
+        assert!(whole.exists() && !half.exists());
     }
 }

@@ -131,6 +131,18 @@ impl World {
 
     /// What a guest was told is on disk, and in no file that another user could read.
     pub fn keeps_to_itself(&self, spec: &VmSpec) {
+        let holding = self.holding(spec);
+        assert!(!holding.is_empty(), "nothing holds the guest's configuration: this proves nothing");
+        for path in holding {
+            for (path, want) in [(path.as_path(), 0o600), (path.parent().unwrap(), 0o700)] {
+                let mode = path.metadata().unwrap().permissions().mode() & 0o777;
+                assert_eq!(mode, want, "{} is {mode:o}, want {want:o}", path.display());
+            }
+        }
+    }
+
+    /// Files of all hosts that hold what a guest was told.
+    pub fn holding(&self, spec: &VmSpec) -> Vec<PathBuf> {
         // A line without characters that JSON writes otherwise.
         let told = spec.guest_config.lines().next().unwrap();
         let (mut folders, mut holding) = (vec![self.dir.path().to_owned()], Vec::new());
@@ -143,13 +155,7 @@ impl World {
                 }
             }
         }
-        assert!(!holding.is_empty(), "nothing holds the guest's configuration: this proves nothing");
-        for path in holding {
-            for (path, want) in [(path.as_path(), 0o600), (path.parent().unwrap(), 0o700)] {
-                let mode = path.metadata().unwrap().permissions().mode() & 0o777;
-                assert_eq!(mode, want, "{} is {mode:o}, want {want:o}", path.display());
-            }
-        }
+        holding
     }
 
     pub fn spec(&self) -> VmSpec {

@@ -31,6 +31,7 @@ impl Api {
                 Ok(SwitchReply::Counters(all))
             }
             SwitchRequest::Traffic => Ok(SwitchReply::Traffic(self.dataplane.traffic())),
+            SwitchRequest::PortConditions => Ok(SwitchReply::PortConditions(self.dataplane.conditions())),
             request => {
                 let (sender, reply) = oneshot::channel();
                 let ends = || "the switch is ending".to_owned();

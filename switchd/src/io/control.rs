@@ -6,7 +6,7 @@
 use super::attach::{Attach, Work};
 use super::dataplane::DataPlane;
 use super::now;
-use crate::members::{Call, Ends, LinkId};
+use crate::members::{Call, Ends, LinkId, Told};
 use crate::switch::{Command, Switch, Ticket, Wanted};
 use crate::tables::{Forwarding, WorkerEvent};
 use arc_swap::ArcSwap;
@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use violin_channel::frame::{self, FrameError};
-use violin_channel::quic::{self, Endpoint};
+use violin_channel::quic::{self, Endpoint, QuicError};
 use violin_channel::tls::Identity;
 use violin_common::PortId;
 use violin_common::api::switch::{Counter, SwitchReply, SwitchRequest};
@@ -28,8 +28,6 @@ const OUTBOX: usize = 1024;
 const INBOX: usize = 1024;
 /// Time between two looks at the clock.
 const TICK: Duration = Duration::from_millis(50);
-/// Handshakes of callers under way at most.
-const CALLERS: usize = 256;
 /// How long either end may take to open the stream and send its HELLO.
 const GREETING: Duration = Duration::from_secs(5);
 
@@ -55,10 +53,14 @@ pub enum Input {
 }
 
 enum LinkEvent {
-    Called(Call, Result<(quinn::Connection, Identity), String>),
+    Called(Call, Result<(quinn::Connection, Identity), QuicError>),
     Admitted(quinn::Connection, Identity),
     Message(LinkId, Box<Message>),
     Closed(LinkId, String),
+    /// The other end refuses us; `Closed` follows.
+    Refused(LinkId, String),
+    /// The other end was heard.
+    Answers(LinkId),
 }
 
 struct Peer {
@@ -76,6 +78,7 @@ pub struct ControlCounters {
     learned_heard: AtomicU64,
     hints_refused: AtomicU64,
     macs_refused: AtomicU64,
+    twins_refused: AtomicU64,
 }
 
 impl ControlCounters {
@@ -89,6 +92,7 @@ impl ControlCounters {
             ("control.learned-heard", &self.learned_heard),
             ("control.hints-refused", &self.hints_refused),
             ("control.macs-refused", &self.macs_refused),
+            ("control.twins-refused", &self.twins_refused),
         ];
         named.map(|(name, counter)| Counter { name: name.into(), value: counter.load(Ordering::Relaxed) }).into()
     }
@@ -148,30 +152,12 @@ pub async fn run(parts: Parts, mut inputs: mpsc::UnboundedReceiver<Input>, mut w
 }
 
 async fn admit_callers(endpoint: Endpoint, events: mpsc::Sender<LinkEvent>, counters: Arc<ControlCounters>) {
-    let under_way = Arc::new(tokio::sync::Semaphore::new(CALLERS));
-    while let Some(incoming) = endpoint.accept().await {
-        if !incoming.remote_address_validated() {
-            // One round trip more, and nobody holds a place under an address that is not theirs.
-            let _ = incoming.retry();
-            continue;
-        }
-        let Ok(permit) = Arc::clone(&under_way).try_acquire_owned() else {
-            counters.refused_callers.fetch_add(1, Ordering::Relaxed);
-            incoming.refuse();
-            continue;
-        };
-        let (events, counters) = (events.clone(), Arc::clone(&counters));
-        tokio::spawn(async move {
-            match quic::admit(incoming).await {
-                Ok((connection, who)) => drop(events.send(LinkEvent::Admitted(connection, who)).await),
-                Err(error) => {
-                    counters.refused_callers.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(%error, "caller refused");
-                }
-            }
-            drop(permit);
-        });
-    }
+    let refused = move || _ = counters.refused_callers.fetch_add(1, Ordering::Relaxed);
+    let admitted = move |connection, who| {
+        let events = events.clone();
+        async move { drop(events.send(LinkEvent::Admitted(connection, who)).await) }
+    };
+    endpoint.serve(refused, admitted).await;
 }
 
 impl Actor {
@@ -193,7 +179,12 @@ impl Actor {
     fn link_event(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Called(call, result) => {
-                self.parts.switch.handle_called(now(), &call);
+                let failed = match &result {
+                    Ok(_) => None,
+                    Err(QuicError::Silent { .. }) => Some(Told::NoAnswer("no answer".into())),
+                    Err(error) => Some(Told::Refused(error.to_string())),
+                };
+                self.parts.switch.handle_called(now(), &call, failed.as_ref());
                 match result {
                     Ok((connection, who)) => self.link(connection, who, true),
                     Err(why) => tracing::debug!(address = %call.address, %why, "call failed"),
@@ -209,6 +200,8 @@ impl Actor {
                     tracing::debug!(?link, %why, "connection refused");
                 }
             }
+            LinkEvent::Refused(link, why) => self.parts.switch.handle_refused(now(), link, &why),
+            LinkEvent::Answers(link) => self.parts.switch.handle_answers(now(), link),
             LinkEvent::Closed(link, why) => {
                 if let Some(peer) = self.peers.remove(&link) {
                     tracing::debug!(?link, peer = %peer.connection.remote_address(), %why, "connection closed");
@@ -237,21 +230,21 @@ impl Actor {
         let refused = self.parts.switch.refusals();
         self.parts.counters.hints_refused.store(refused.hints, Ordering::Relaxed);
         self.parts.counters.macs_refused.store(refused.macs, Ordering::Relaxed);
+        self.parts.counters.twins_refused.store(refused.twins, Ordering::Relaxed);
         for command in self.parts.switch.take_commands(now()) {
             match command {
                 Command::Publish(tables) => {
                     self.parts.tables.store(Arc::new(*tables));
                     self.parts.dataplane.wake();
                 }
-                Command::Attach { slot, id, kind, mtu, arriving, patient } => {
-                    let _ = self.parts.attach.send(Work::Attach(Attach { slot, id, kind, mtu, arriving, patient }));
+                Command::Attach { slot, id, kind, mtu, expecting } => {
+                    let _ = self.parts.attach.send(Work::Attach(Attach { slot, id, kind, mtu, expecting }));
                 }
                 Command::Detach { slot, id } => drop(self.parts.attach.send(Work::Detach(slot, id))),
                 Command::Call(call) => {
                     let (endpoint, events) = (self.parts.endpoint.clone(), self.events.clone());
                     tokio::spawn(async move {
                         let result = endpoint.connect(call.address, call.expected.as_ref()).await;
-                        let result = result.map_err(|error| error.to_string());
                         let _ = events.send(LinkEvent::Called(call, result)).await;
                     });
                 }
@@ -266,10 +259,19 @@ impl Actor {
                         peer.connection.close(quinn::VarInt::from_u32(2), b"you do not keep up");
                     }
                 }
-                Command::Close { link, why } => {
-                    if let Some(peer) = self.peers.get(&link) {
-                        peer.connection.close(quinn::VarInt::from_u32(1), why.as_bytes());
-                    }
+                Command::Close { link, why, refused } => match self.peers.get(&link) {
+                    Some(peer) if refused => quic::refuse(&peer.connection, &why),
+                    Some(peer) => peer.connection.close(quinn::VarInt::from_u32(1), why.as_bytes()),
+                    None => {}
+                },
+                Command::Watch { link } => {
+                    let Some(connection) = self.peers.get(&link).map(|peer| peer.connection.clone()) else { continue };
+                    let events = self.events.clone();
+                    tokio::spawn(async move {
+                        if quic::answers(&connection).await {
+                            let _ = events.send(LinkEvent::Answers(link)).await;
+                        }
+                    });
                 }
                 Command::Answer { ticket, reply } => {
                     if let Some(sender) = self.tickets.remove(&ticket) {
@@ -284,8 +286,8 @@ impl Actor {
     fn complete(&self, mut reply: Reply) -> Reply {
         if let Ok(SwitchReply::Peers(seen)) = &mut reply {
             for peer in seen {
-                let link = self.parts.switch.link_of(&peer.host).and_then(|link| self.peers.get(&link));
-                peer.rtt_ms = link.map(|link| link.connection.rtt().as_secs_f64() * 1e3);
+                let link = peer.host.as_ref().filter(|_| peer.connected).and_then(|host| self.parts.switch.link_of(host));
+                peer.rtt_ms = link.and_then(|link| self.peers.get(&link)).map(|link| link.connection.rtt().as_secs_f64() * 1e3);
             }
         }
         reply
@@ -323,7 +325,12 @@ async fn exchange(
     let stream = async { if called { connection.open_bi().await } else { connection.accept_bi().await } };
     let (mut out, mut inn) = match tokio::time::timeout(GREETING, stream).await {
         Ok(Ok(streams)) => streams,
-        Ok(Err(error)) => return drop(events.send(LinkEvent::Closed(link, error.to_string())).await),
+        Ok(Err(error)) => {
+            if let Some(words) = quic::refusal(&connection) {
+                let _ = events.send(LinkEvent::Refused(link, words)).await;
+            }
+            return drop(events.send(LinkEvent::Closed(link, error.to_string())).await);
+        }
         Err(_) => {
             connection.close(quinn::VarInt::from_u32(1), b"no stream opened in time");
             return drop(events.send(LinkEvent::Closed(link, "no stream opened in time".into())).await);
@@ -363,7 +370,12 @@ async fn exchange(
             }
         }
     };
+    // Before we close it too, or that would be the reason.
+    let refusal = quic::refusal(&connection);
     connection.close(quinn::VarInt::from_u32(1), why.as_bytes());
     writing.abort();
+    if let Some(words) = refusal {
+        let _ = events.send(LinkEvent::Refused(link, words)).await;
+    }
     let _ = events.send(LinkEvent::Closed(link, why)).await;
 }

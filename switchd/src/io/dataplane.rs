@@ -1,34 +1,31 @@
 //! The data plane as the control side sees it: a handle to the worker's thread.
 
 use crate::counters::Counters;
-use crate::io::guard;
+use crate::io::needs::Needs;
+use crate::io::nft::{Keeping, Watch};
+use crate::io::ports::{self, Look, Ports};
 use crate::io::pump::{Command, Outside, Pump};
 use crate::io::udp::Mesh;
-use crate::port::{self, PortIo};
+use crate::switch::Expecting;
 use crate::tables::{Forwarding, PortSlot, WorkerEvent};
 use crate::traffic::Traffic;
 use crate::worker::Worker;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::Sender;
 use violin_common::PortId;
-use violin_common::api::switch::{PortKind, TrafficSeen};
+use violin_common::api::switch::{PortConditionSeen, PortKind, TrafficSeen};
 
 pub use crate::port::AttachError;
 
-/// How often a lost interface is looked for at first, and for how many times.
-const LOOK_SOON: (Duration, u32) = (Duration::from_millis(2), 2500);
-/// How often afterwards.
-const LOOK_LATER: Duration = Duration::from_millis(100);
 /// How long a detach waits for the worker.
 const DETACH: Duration = Duration::from_secs(2);
 
@@ -43,55 +40,15 @@ pub struct QuicDatagram {
     pub bytes: Bytes,
 }
 
-type Key = (PortSlot, PortId);
-
-/// Ports that are to be open, and what is known of interfaces still on their way.
-///
-/// Locked over the whole of an opening and of an undoing: a guard put in place while another thread takes it away would
-/// leave a port open without one.
-#[derive(Debug, Default)]
-struct Wanted {
-    ports: HashMap<Key, (PortKind, u16)>,
-    /// Interface → whether its guard could be put in place before it existed.
-    ahead: HashMap<String, bool>,
-}
-
-fn lock(wanted: &Mutex<Wanted>) -> MutexGuard<'_, Wanted> {
-    wanted.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Wanted {
-    /// Opens a port. The first time an interface that is `expected` is not there, the guard is put in place ahead of it where the kernel can
-    /// do that: it saves the time when the guest arrives, and leaves no moment unguarded.
-    fn open(&mut self, kind: &PortKind, mtu: u16, expected: bool) -> Result<Box<dyn PortIo>, AttachError> {
-        let PortKind::Packet { interface } = kind else { return port::open(kind, mtu, false) };
-        let ahead = self.ahead.get(interface).copied();
-        let opened = port::open(kind, mtu, ahead == Some(true));
-        if let (true, Err(AttachError::NotThere(_)), None) = (expected, &opened, ahead) {
-            let holds = guard::drop_all(interface);
-            tracing::debug!(interface, ?holds, "guard ahead of the interface");
-            self.ahead.insert(interface.clone(), holds.is_ok());
-        }
-        opened
-    }
-
-    fn undo(&mut self, kind: &PortKind) {
-        if let PortKind::Packet { interface } = kind {
-            self.ahead.remove(interface);
-        }
-        port::undo(kind);
-    }
-}
-
 /// The way to the worker's thread.
 #[derive(Debug, Clone)]
-struct Line {
+pub(crate) struct Line {
     commands: mpsc::Sender<Command>,
     wake: Arc<EventFd>,
 }
 
 impl Line {
-    fn say(&self, command: Command) {
+    pub(crate) fn say(&self, command: Command) {
         let _ = self.commands.send(command);
         self.wake();
     }
@@ -116,10 +73,13 @@ impl Drop for Alive {
 #[derive(Debug)]
 pub struct DataPlane {
     line: Line,
-    wanted: Arc<Mutex<Wanted>>,
+    ports: Arc<Mutex<Ports>>,
+    look: mpsc::Sender<Look>,
     traffic: Arc<Traffic>,
     thread: Option<JoinHandle<()>>,
     ended: Arc<Notify>,
+    /// Ends the thread that watches guards.
+    watching: Arc<EventFd>,
 }
 
 impl DataPlane {
@@ -135,30 +95,54 @@ impl DataPlane {
         events: Sender<WorkerEvent>,
         quic: Sender<QuicDatagram>,
     ) -> io::Result<Self> {
+        Self::start_keeping(Keeping::Owned, socket, tables, counters, events, quic)
+    }
+
+    /// Likewise, and says how guards are to be kept.
+    pub fn start_keeping(
+        keeping: Keeping,
+        socket: UdpSocket,
+        tables: Arc<ArcSwap<Forwarding>>,
+        counters: Arc<Counters>,
+        events: Sender<WorkerEvent>,
+        quic: Sender<QuicDatagram>,
+    ) -> io::Result<Self> {
         let (commands, receiver) = mpsc::channel();
         let (lost, losses) = mpsc::channel();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let traffic = Arc::new(Traffic::default());
         let mesh = Mesh::new(socket, counters.clone())?;
         let worker = Worker::new(counters.clone(), traffic.clone());
-        let outside = Outside { tables, counters, events, quic, commands: receiver, wake: wake.clone(), lost };
+        let losses_told = events.clone();
+        let outside_tables = Arc::clone(&tables);
+        let outside = Outside { tables, counters, events, quic, commands: receiver, wake: wake.clone(), lost: lost.clone() };
         let pump = Pump::new(mesh, worker, outside)?;
         let ended = Arc::new(Notify::new());
-        let (working, looking) = (Alive(Arc::clone(&ended)), Alive(Arc::clone(&ended)));
+        let alive = || Alive(Arc::clone(&ended));
+        let (working, looking, watched) = (alive(), alive(), alive());
         let thread = Builder::new().name("worker".into()).spawn(move || {
             let _working = working;
             pump.run();
         })?;
 
         let line = Line { commands, wake };
-        let wanted = Arc::new(Mutex::new(Wanted::default()));
-        let (looking_line, looking_wanted) = (line.clone(), wanted.clone());
-        // Ends when the worker does, which holds the other end of `losses`.
+        let ports = Arc::new(Mutex::new(Ports::new(keeping, Arc::clone(&outside_tables))));
+        let (looking_line, looking_ports) = (line.clone(), ports.clone());
+        // Ends with the worker and the handle, which hold the other ends of `losses`.
         Builder::new().name("ports".into()).spawn(move || {
             let _looking = looking;
-            look_for_lost(&losses, &looking_line, &looking_wanted);
+            ports::look_for_lost(&losses, &looking_line, &looking_ports, &losses_told);
         })?;
-        Ok(Self { line, wanted, traffic, thread: Some(thread), ended })
+        let watching = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let (watching_line, watching_ports, end) = (line.clone(), ports.clone(), watching.clone());
+        // A kernel without nf_tables has no guards to watch: packet ports are refused there.
+        if let Ok(watch) = Watch::open() {
+            Builder::new().name("guards".into()).spawn(move || {
+                let _watched = watched;
+                ports::watch_guards(watch, &end, &watching_line, &watching_ports);
+            })?;
+        }
+        Ok(Self { line, ports, look: lost, traffic, thread: Some(thread), ended, watching })
     }
 
     /// For another thread without which nothing goes on: it ends, [`Self::ended`] tells.
@@ -175,30 +159,46 @@ impl DataPlane {
     /// frames for it are refused.
     ///
     /// `mtu` is the network's. Blocks for some milliseconds (guard), so call it where blocking is allowed. An interface
-    /// that vanishes later is looked for again until the port is detached. `arriving`: the interface may come later with
-    /// its guest; [`AttachError::NotThere`] is then expected, and frames for the port wait, bounded, while its gate is not
-    /// closed.
-    pub fn attach(&self, slot: PortSlot, id: PortId, kind: &PortKind, mtu: u16, arriving: bool) -> Result<(), AttachError> {
-        let mut wanted = lock(&self.wanted);
-        let opened = wanted.open(kind, mtu, arriving);
-        if arriving || !matches!(opened, Err(AttachError::NotThere(_) | AttachError::BadName(_))) {
-            // Also when it has yet to arrive or was not taken: a detach must undo the guard.
-            wanted.ports.insert((slot, id), (kind.clone(), mtu));
-        }
-        let io = opened?;
+    /// that vanishes later is looked for again until the port is detached. What may come later, by `expecting`, is looked for
+    /// from [`Self::look_for`] on; frames for the port wait meanwhile, bounded, while its gate is not closed.
+    pub fn attach(&self, slot: PortSlot, id: PortId, kind: &PortKind, mtu: u16, expecting: Expecting) -> Result<(), AttachError> {
+        let mut ports = ports::lock(&self.ports);
+        let io = ports.attach((slot, id), kind, mtu, expecting)?;
         self.line.say(Command::Attach(slot, id, io));
         Ok(())
     }
 
+    /// Looks for what a port waits for until it is there or the port is detached.
+    pub fn look_for(&self, slot: PortSlot, id: PortId) {
+        let _ = self.look.send(Look::Expected((slot, id)));
+    }
+
     /// Lets go of a port and undoes what attaching did to its interface; an interface that is gone is no error.
     pub fn detach(&self, slot: PortSlot, id: PortId) {
-        let known = lock(&self.wanted).ports.remove(&(slot, id));
+        let known = ports::lock(&self.ports).forget((slot, id));
         let (done, finished) = mpsc::channel();
         self.line.say(Command::Detach(slot, id, done));
         let _ = finished.recv_timeout(DETACH);
-        if let Some((kind, _)) = known {
-            lock(&self.wanted).undo(&kind);
+        if let Some(kind) = known {
+            ports::lock(&self.ports).undo(&kind);
         }
+    }
+
+    /// Says what the host itself needs interfaces for. Ports that were refused for it are tried again.
+    pub fn set_needs(&self, needs: Needs) {
+        for key in ports::lock(&self.ports).set_needs(needs) {
+            let _ = self.look.send(Look::Again(key));
+        }
+    }
+
+    /// How each port is.
+    pub fn conditions(&self) -> Vec<PortConditionSeen> {
+        ports::lock(&self.ports).conditions()
+    }
+
+    /// Looks whether all guards stand, and puts back what is missing.
+    pub fn check_guards(&self) {
+        ports::lock(&self.ports).check_guards(&self.line);
     }
 
     /// Tells the worker that new tables were published, so that frames on hold move at once.
@@ -215,46 +215,10 @@ impl DataPlane {
 impl Drop for DataPlane {
     fn drop(&mut self) {
         self.line.say(Command::Stop);
+        let _ = self.watching.write(1);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-    }
-}
-
-/// Opens ports again whose interface has gone and come back, as when a guest takes its interface along and returns.
-fn look_for_lost(losses: &mpsc::Receiver<Key>, line: &Line, wanted: &Mutex<Wanted>) {
-    let mut lost: Vec<(Key, u32)> = Vec::new();
-    loop {
-        let soon = lost.iter().any(|(_, looks)| *looks < LOOK_SOON.1);
-        let pause = match (lost.is_empty(), soon) {
-            (true, _) => Duration::from_secs(3600),
-            (false, true) => LOOK_SOON.0,
-            (false, false) => LOOK_LATER,
-        };
-        match losses.recv_timeout(pause) {
-            Ok(key) => lost.push((key, 0)),
-            Err(RecvTimeoutError::Timeout) => (),
-            Err(RecvTimeoutError::Disconnected) => return,
-        }
-        lost.retain_mut(|(key, looks)| {
-            *looks += 1;
-            let mut wanted = lock(wanted);
-            let Some((kind, mtu)) = wanted.ports.get(key).cloned() else { return false };
-            match wanted.open(&kind, mtu, true) {
-                Ok(io) => {
-                    tracing::info!(port = %key.1, "interface is back");
-                    // Still locked: the detach of this port, if one is on its way, follows.
-                    line.say(Command::Attach(key.0, key.1, io));
-                    false
-                }
-                Err(AttachError::NotThere(_)) => true,
-                Err(error) => {
-                    tracing::debug!(port = %key.1, %error, "looking for the interface again");
-                    *looks = LOOK_SOON.1;
-                    true
-                }
-            }
-        });
     }
 }
 

@@ -37,6 +37,15 @@ pub fn set_up(name: &str) -> io::Result<()> {
     interface_request(socket.as_fd(), libc::SIOCSIFFLAGS as _, name, |request| request.ifr_ifru.ifru_flags = wanted).map(|_| ())
 }
 
+/// Sets it down.
+pub fn set_down(name: &str) -> io::Result<()> {
+    let socket = any_socket()?;
+    let got = interface_request(socket.as_fd(), libc::SIOCGIFFLAGS as _, name, |_| ())?;
+    // SAFETY: SIOCGIFFLAGS answers with flags.
+    let flags = unsafe { got.ifr_ifru.ifru_flags } & !(libc::IFF_UP as libc::c_short);
+    interface_request(socket.as_fd(), libc::SIOCSIFFLAGS as _, name, |request| request.ifr_ifru.ifru_flags = flags).map(|_| ())
+}
+
 /// Removes all its IPv4 addresses.
 pub fn flush_addresses(name: &str) -> io::Result<()> {
     let socket = any_socket()?;

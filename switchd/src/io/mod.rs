@@ -4,6 +4,10 @@
 pub mod dataplane;
 pub mod guard;
 pub mod link;
+pub mod needs;
+pub mod netlink;
+pub mod nft;
+mod ports;
 mod pump;
 pub mod sys;
 pub mod udp;

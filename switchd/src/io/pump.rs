@@ -3,6 +3,7 @@
 use crate::counters::Counters;
 use crate::drops::DropReason;
 use crate::io::dataplane::QuicDatagram;
+use crate::io::ports::Look;
 use crate::io::sys::{Batch, Received, VECTOR, now};
 use crate::io::udp::Mesh;
 use crate::port::{HEADROOM, MAX_FRAME, PortIo, ReadError, WriteError};
@@ -32,6 +33,9 @@ const WORTH: Duration = Duration::from_secs(10);
 /// Time between two looks at the clock's work.
 const TICK: Duration = Duration::from_millis(100);
 
+/// After how many of them ports are asked whether they have gone.
+const GONE_EVERY: u32 = 5;
+
 const WAKE: u64 = 0;
 const MESH: u64 = 1;
 const PORTS: u64 = 2;
@@ -41,6 +45,8 @@ const PORTS: u64 = 2;
 pub(crate) enum Command {
     Attach(PortSlot, PortId, Box<dyn PortIo>),
     Detach(PortSlot, PortId, mpsc::Sender<()>),
+    /// Let go of its interface at once, as if it had gone.
+    Shut(PortSlot, PortId, mpsc::Sender<()>),
     Stop,
 }
 
@@ -54,7 +60,7 @@ pub(crate) struct Outside {
     pub(crate) commands: mpsc::Receiver<Command>,
     pub(crate) wake: Arc<EventFd>,
     /// Ports whose interface has gone, to be looked for.
-    pub(crate) lost: mpsc::Sender<(PortSlot, PortId)>,
+    pub(crate) lost: mpsc::Sender<Look>,
 }
 
 #[derive(Debug)]
@@ -72,7 +78,7 @@ struct Ways {
     waiting: HashMap<PortSlot, Waiting>,
     events: Sender<WorkerEvent>,
     counters: Arc<Counters>,
-    lost: mpsc::Sender<(PortSlot, PortId)>,
+    lost: mpsc::Sender<Look>,
 }
 
 #[derive(Debug)]
@@ -88,6 +94,7 @@ pub(crate) struct Pump {
     frames: Batch,
     datagrams: Batch,
     ticked: Instant,
+    ticks: u32,
 }
 
 impl Pump {
@@ -115,6 +122,7 @@ impl Pump {
             frames: Batch::new(VECTOR, MAX_FRAME, HEADROOM),
             datagrams: Mesh::batch(),
             ticked: now(),
+            ticks: 0,
         })
     }
 
@@ -161,6 +169,11 @@ impl Pump {
         }
         self.ticked = now;
         self.worker.tick(now);
+        self.ticks = self.ticks.wrapping_add(1);
+        if self.ticks.is_multiple_of(GONE_EVERY) {
+            let gone: Vec<_> = self.ways.ports.iter().filter(|(_, (_, io))| io.is_gone()).map(|(slot, _)| *slot).collect();
+            gone.into_iter().for_each(|slot| self.ways.lose(slot));
+        }
         self.ways.counters.drops.add(DropReason::TunnelOverrun, self.ways.mesh.losses());
         for (_, port) in self.ways.ports.values_mut() {
             self.ways.counters.drops.add(DropReason::PortOverrun, port.losses());
@@ -195,6 +208,12 @@ impl Pump {
                 Command::Detach(slot, id, done) => {
                     if self.ways.ports.get(&slot).is_some_and(|(attached, _)| *attached == id) {
                         self.ways.ports.remove(&slot);
+                    }
+                    let _ = done.send(());
+                }
+                Command::Shut(slot, id, done) => {
+                    if self.ways.ports.get(&slot).is_some_and(|(attached, _)| *attached == id) {
+                        self.ways.lose(slot);
                     }
                     let _ = done.send(());
                 }
@@ -277,8 +296,7 @@ impl Ways {
     /// The port's interface has gone: frames for it wait while somebody looks for it.
     fn lose(&mut self, slot: PortSlot) {
         if let Some((id, _)) = self.ports.remove(&slot) {
-            tracing::info!(port = %id, "interface gone");
-            let _ = self.lost.send((slot, id));
+            let _ = self.lost.send(Look::Lost((slot, id)));
         }
     }
 

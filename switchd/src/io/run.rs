@@ -4,6 +4,7 @@ use super::api::Api;
 use super::control::{self, ControlCounters, Input, Parts};
 use super::dataplane::DataPlane;
 use super::mesh_socket::MeshSocket;
+use super::needs::Needs;
 use super::{attach, now};
 use crate::counters::Counters;
 use crate::switch::{Nature, Switch, Wanted};
@@ -83,6 +84,19 @@ fn wanted(old: Option<&SwitchConfig>, new: &SwitchConfig) -> Wanted {
     }
 }
 
+/// What the host needs for itself; `listen` cannot be changed while running.
+fn needs(listen: SocketAddr, config: &SwitchConfig) -> Needs {
+    let taken = |port: &PortConfig| match port {
+        PortConfig::Packet { interface, take_over: true, .. } => Some(interface.clone()),
+        _ => None,
+    };
+    Needs {
+        listen: Some(listen.ip()).filter(|ip| !ip.is_unspecified()),
+        members: config.join.clone(),
+        take_over: config.ports.iter().filter_map(taken).collect(),
+    }
+}
+
 /// Keys that differ and need a restart.
 fn fixed_differences(old: &SwitchConfig, new: &SwitchConfig) -> Vec<&'static str> {
     let mut keys = Vec::new();
@@ -136,6 +150,7 @@ pub async fn run(path: &Path) -> Result<()> {
 
     let tables = Arc::new(ArcSwap::from_pointee(Forwarding::default()));
     let dataplane = Arc::new(DataPlane::start(socket, Arc::clone(&tables), Arc::clone(&counters), event_sender, quic_sender)?);
+    dataplane.set_needs(needs(listen, &config));
     let attach = attach::start(Arc::clone(&dataplane), inputs.clone())?;
     let nature = Nature {
         host: config.host.clone(),
@@ -170,7 +185,9 @@ pub async fn run(path: &Path) -> Result<()> {
                     for key in fixed_differences(&config, &new) {
                         tracing::warn!(key, "cannot be changed while running: restart to make it so");
                     }
+                    dataplane.set_needs(needs(listen, &new));
                     inputs.send(Input::Configure(Box::new(wanted(Some(&config), &new))))?;
+                    let _ = attach.send(attach::Work::Check);
                     tracing::info!("configuration read again");
                     let (networks, ports, join) = (new.networks, new.ports, new.join);
                     config = SwitchConfig { networks, ports, join, ..config };

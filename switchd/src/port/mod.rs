@@ -5,7 +5,9 @@ pub mod tap;
 pub mod vxlan;
 
 use crate::drops::DropReason;
+use crate::io::guard::Guards;
 use crate::io::sys::Batch;
+use crate::switch::Expecting;
 use crate::virtio::Offload;
 use std::fmt;
 use std::io;
@@ -20,14 +22,27 @@ pub const HEADROOM: usize = 4;
 /// A port could not be attached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// The interface does not exist (yet).
-    #[error("interface {0} is not there: create it, or wait until the guest that owns it arrives")]
+    /// What it is attached to does not exist (yet); named in words.
+    #[error("{0} is not there: create it, or wait until the guest that owns it arrives")]
     NotThere(String),
     /// A name no interface can have.
     #[error("got interface name {0:?}, want {INTERFACE_NAME}", INTERFACE_NAME = violin_common::id::INTERFACE_NAME)]
     BadName(String),
+    /// The host itself lives on it.
+    #[error(
+        "interface {interface} is needed by the host itself, which the port would cut off: {why}; want another interface, or \
+         `take-over = true` in the port's configuration if that is meant"
+    )]
+    Needed {
+        /// Which.
+        interface: String,
+        /// What for.
+        why: String,
+    },
     /// The interface could not be closed to the host's own network stack, so it was left alone.
-    #[error("could not keep the host's own stack off interface {interface}: {why}; check that nft works here")]
+    #[error(
+        "could not keep the host's own stack off interface {interface}: {why}; check that its kernel has nf_tables with family netdev"
+    )]
     Guard {
         /// Which.
         interface: String,
@@ -45,6 +60,19 @@ pub enum AttachError {
 }
 
 impl AttachError {
+    pub(crate) fn no_interface(interface: &str) -> Self {
+        Self::NotThere(format!("interface {interface}"))
+    }
+
+    /// Whether somebody who expects the port later waits for this to end.
+    pub fn is_waited_for(&self, expecting: Expecting) -> bool {
+        match expecting {
+            Expecting::Now => false,
+            Expecting::Later => !matches!(self, Self::BadName(_) | Self::Needed { .. }),
+            Expecting::Arrival => matches!(self, Self::NotThere(_)),
+        }
+    }
+
     pub(crate) fn io<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
         move |source| Self::Io { what: what.into(), source: source.into() }
     }
@@ -87,25 +115,30 @@ pub trait PortIo: Send + fmt::Debug {
         0
     }
 
+    /// Whether what it is attached to has gone in a way that neither reading nor writing tells. Asked twice a second.
+    fn is_gone(&self) -> bool {
+        false
+    }
+
     /// Largest layer-3 packet a foreign tunnel end takes.
     fn path_mtu(&self) -> Option<u16> {
         None
     }
 }
 
-/// Opens what a port is attached to, guard first. `mtu` is the network's; `guarded`: see [`crate::io::guard::close`].
-pub fn open(kind: &PortKind, mtu: u16, guarded: bool) -> Result<Box<dyn PortIo>, AttachError> {
+/// Opens what a port is attached to, guard first. `mtu` is the network's.
+pub fn open(kind: &PortKind, mtu: u16, guards: &mut Guards) -> Result<Box<dyn PortIo>, AttachError> {
     Ok(match kind {
-        PortKind::Packet { interface } => Box::new(packet::Packet::open(interface, guarded)?),
+        PortKind::Packet { interface } => Box::new(packet::Packet::open(interface, guards)?),
         PortKind::Tap { interface, netns } => Box::new(tap::Tap::open(interface, netns.as_deref(), mtu)?),
         PortKind::Vxlan { local, remote, remote_vni } => Box::new(vxlan::Vxlan::open(*local, *remote, *remote_vni, mtu)?),
     })
 }
 
 /// Undoes what [`open`] did to interfaces; to be called after the port was dropped.
-pub fn undo(kind: &PortKind) {
+pub fn undo(kind: &PortKind, guards: &mut Guards) {
     if let PortKind::Packet { interface } = kind {
-        crate::io::guard::open(interface);
+        guards.open(interface);
     }
 }
 

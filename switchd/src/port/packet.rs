@@ -2,7 +2,8 @@
 
 use super::{AttachError, PortIo, ReadError, WriteError, write_error};
 use crate::drops::DropReason;
-use crate::io::{guard, link, sys, udp};
+use crate::io::guard::{self, Guards};
+use crate::io::{link, sys, udp};
 use crate::virtio::Offload;
 use nix::sys::uio::writev;
 use std::io::IoSlice;
@@ -28,18 +29,18 @@ pub struct Packet {
 }
 
 impl Packet {
-    /// Closes the interface to the host's stack, opens it for the switch and sets it up. `guarded`: see [`guard::close`].
-    pub fn open(interface: &str, guarded: bool) -> Result<Self, AttachError> {
+    /// Closes the interface to the host's stack, opens it for the switch and sets it up.
+    pub fn open(interface: &str, guards: &mut Guards) -> Result<Self, AttachError> {
         if !violin_common::is_interface_name(interface) {
             return Err(AttachError::BadName(interface.into()));
         }
-        let not_there = || AttachError::NotThere(interface.into());
+        let not_there = || AttachError::no_interface(interface);
         let index = link::index(interface).ok_or_else(not_there)?;
         let guard_failed = |why| match link::index(interface) {
             Some(_) => AttachError::Guard { interface: interface.into(), why },
             None => not_there(),
         };
-        guard::close(interface, guarded).map_err(guard_failed)?;
+        guards.close(interface).map_err(guard_failed)?;
         let socket = sys::packet_socket().map_err(AttachError::io("open a packet socket"))?;
         let fd = socket.as_fd();
         for (option, what) in [

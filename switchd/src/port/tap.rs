@@ -6,10 +6,10 @@ use crate::io::sys::{self, Batch, Received};
 use crate::virtio::{self, Offload};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::uio::{readv, writev};
-use std::fs::{File, OpenOptions};
-use std::io::{IoSlice, IoSliceMut};
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
 /// CSUM, TSO4, TSO6, TSO_ECN, USO4, USO6; then without USO (before Linux 6.2), without ECN, without anything.
 const OFFLOADS: [libc::c_ulong; 4] = [0x6f, 0x0f, 0x07, 0];
@@ -20,6 +20,15 @@ const READS: usize = 32;
 #[derive(Debug)]
 pub struct Tap {
     file: File,
+    /// Where it lies: path and identity of a network namespace.
+    netns: Option<(String, Identity)>,
+}
+
+/// Device and inode of a network namespace.
+type Identity = (u64, u64);
+
+fn identity(metadata: &Metadata) -> Identity {
+    (metadata.dev(), metadata.ino())
 }
 
 impl Tap {
@@ -29,15 +38,24 @@ impl Tap {
             return Err(AttachError::BadName(interface.into()));
         }
         let Some(path) = netns else { return Self::create(interface, mtu) };
-        let namespace = File::open(path).map_err(AttachError::io(format!("open network namespace {path}")))?;
+        let not_there = || AttachError::NotThere(format!("network namespace {path}"));
+        let namespace = File::open(path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => not_there(),
+            _ => AttachError::io(format!("open network namespace {path}"))(error),
+        })?;
+        let at = namespace.metadata().map_err(AttachError::io(format!("look at network namespace {path}")))?;
         // Only this short-lived thread enters the namespace; the descriptor works from anywhere.
         std::thread::scope(|scope| {
             let made = scope.spawn(|| {
-                setns(&namespace, CloneFlags::CLONE_NEWNET)
-                    .map_err(AttachError::io(format!("enter network namespace {path}")))?;
+                setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(|error| match error {
+                    // A file of that name that is none yet: `ip netns add` makes it in two steps.
+                    nix::Error::EINVAL => not_there(),
+                    error => AttachError::io(format!("enter network namespace {path}"))(error),
+                })?;
                 Self::create(interface, mtu)
             });
-            made.join().unwrap_or_else(|_| Err(AttachError::NotThere(interface.into())))
+            let tap = made.join().unwrap_or_else(|_| Err(AttachError::no_interface(interface)))?;
+            Ok(Self { netns: Some((path.to_owned(), identity(&at))), ..tap })
         })
     }
 
@@ -57,11 +75,17 @@ impl Tap {
         tracing::debug!(interface, ?offered, "TAP offloads");
         link::set_mtu(interface, mtu.into()).map_err(AttachError::io(format!("set the MTU of {interface}")))?;
         link::set_up(interface).map_err(AttachError::io(format!("set {interface} up")))?;
-        Ok(Self { file })
+        Ok(Self { file, netns: None })
     }
 }
 
 impl PortIo for Tap {
+    /// A namespace that was deleted lives on, unseen, for as long as we hold its TAP; another of its name is another.
+    fn is_gone(&self) -> bool {
+        let Some((path, ours)) = &self.netns else { return false };
+        !std::fs::metadata(path).is_ok_and(|metadata| identity(&metadata) == *ours)
+    }
+
     fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }

@@ -42,7 +42,10 @@ impl Vxlan {
     /// Opens the gateway. `mtu` is the network's.
     pub fn open(local: SocketAddr, remote: SocketAddr, vni: Vni, mtu: u16) -> Result<Self, AttachError> {
         let what = || format!("open a VXLAN gateway on {local}");
-        let socket = UdpSocket::bind(local).map_err(AttachError::io(what()))?;
+        let socket = UdpSocket::bind(local).map_err(|error| match error.kind() {
+            io::ErrorKind::AddrNotAvailable => AttachError::NotThere(format!("address {}", local.ip())),
+            _ => AttachError::io(what())(error),
+        })?;
         socket.set_nonblocking(true).map_err(AttachError::io(what()))?;
         udp::tell_destinations(&socket).map_err(AttachError::io(what()))?;
         large_buffers(socket.as_fd(), BUFFER);

@@ -8,6 +8,17 @@ use violin_common::api::switch::{NetworkSpec, PortKind, PortSpec, SwitchReply};
 use violin_common::control::mesh::Message;
 use violin_common::{PortId, Vni};
 
+/// Whether what a port is attached to may come later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expecting {
+    /// It must be there: who asks is told.
+    Now,
+    /// Whatever is missing is waited for, always.
+    Later,
+    /// Likewise, and the guest behind it is on its way: what it sends meanwhile waits.
+    Arrival,
+}
+
 /// What the world has to do, in this order.
 #[derive(Debug)]
 pub enum Command {
@@ -23,10 +34,8 @@ pub enum Command {
         kind: PortKind,
         /// Its network's.
         mtu: u16,
-        /// Whether its VM is still to come.
-        arriving: bool,
-        /// Whether an interface that is not there is waited for.
-        patient: bool,
+        /// Whether that may come later.
+        expecting: Expecting,
     },
     /// Detach a port.
     Detach {
@@ -50,6 +59,13 @@ pub enum Command {
         link: LinkId,
         /// Why, told to the peer.
         why: String,
+        /// Whether the peer is refused: it has to be changed, calling again is of no use.
+        refused: bool,
+    },
+    /// Look whether the peer at the end of a connection still answers; if so, [`super::Switch::handle_answers`].
+    Watch {
+        /// Which.
+        link: LinkId,
     },
     /// Answer a request.
     Answer {

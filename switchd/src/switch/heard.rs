@@ -4,7 +4,7 @@
 //! A member is trusted with what it says of itself: one that claims a MAC with a higher epoch gets it.
 
 use super::{Command, OWNED_CHUNK, Switch};
-use crate::members::{Greeted, LinkId};
+use crate::members::{Greeted, LinkId, Told};
 use crate::tables::Place;
 use std::collections::{BTreeMap, HashSet};
 use violin_common::control::mesh::{Hello, Message};
@@ -20,7 +20,7 @@ impl Switch {
     pub fn handle_message(&mut self, now: Instant, link: LinkId, message: Message) -> Result<(), String> {
         let result = self.heard(now, link, message);
         if let Err(why) = &result {
-            self.commands.push(Command::Close { link, why: why.clone() });
+            self.refuse(now, link, why.clone());
         }
         result
     }
@@ -30,6 +30,9 @@ impl Switch {
             Message::Hello(hello) => return self.greeted(now, id, hello),
             other => other,
         };
+        if let Some(contest) = self.contests.get_mut(&id) {
+            return contest.hold(message);
+        }
         let link = self.members.link(id).ok_or("this connection is closed")?;
         if link.hello.is_none() {
             return Err("got a message before HELLO".into());
@@ -38,6 +41,9 @@ impl Switch {
         if self.members.link_to(&from) != Some(id) {
             // Superseded: what it says may be older than what the other connection said.
             return Ok(());
+        }
+        if self.members.welcomed(&from) {
+            tracing::info!(peer = %from, "peer connected");
         }
         match message {
             Message::Hello(_) => {}
@@ -60,35 +66,48 @@ impl Switch {
                 self.flush_owned((owned.vni, owned.mac));
                 self.dirty = true;
             }
+            Message::Forgotten { vni, stations } => self.forgotten(id, vni, &stations.into_iter().collect()),
             Message::Leave => {
                 tracing::info!(peer = %from, "peer left");
                 self.forget_place(&from);
                 self.moves.peer_down(now, &from);
                 self.members.closed(now, id);
                 self.members.left(&from);
-                self.commands.push(Command::Close { link: id, why: "you left".into() });
+                self.close(id, "you left");
             }
         }
         Ok(())
     }
 
-    fn greeted(&mut self, now: Instant, id: LinkId, hello: Hello) -> Result<(), String> {
+    pub(super) fn greeted(&mut self, now: Instant, id: LinkId, hello: Hello) -> Result<(), String> {
         if hello.networks.len() > NETWORKS_LIMIT {
             return Err(format!("got {} networks, want at most {NETWORKS_LIMIT}", hello.networks.len()));
         }
         let host = hello.host.clone();
-        match self.members.greet(now, id, hello)? {
+        match self.members.greet(now, id, hello.clone())? {
             Greeted::Superseded => {
                 self.members.closed(now, id);
-                self.commands.push(Command::Close { link: id, why: "another connection between us stays".into() });
+                self.close(id, "another connection between us stays");
+                return Ok(());
+            }
+            Greeted::Ourselves => {
+                self.close(id, "that is ourselves");
+                return Ok(());
+            }
+            Greeted::Contested { standing } => {
+                self.contest(id, standing, hello);
                 return Ok(());
             }
             Greeted::Up { replaced, same_boot } => {
                 if let Some(old) = replaced {
                     self.members.closed(now, old);
-                    self.commands.push(Command::Close { link: old, why: "a newer connection between us stays".into() });
+                    self.close(old, "a newer connection between us stays");
                 }
-                tracing::info!(peer = %host, same_boot, "peer connected");
+                if self.members.refuses_us(&host) {
+                    tracing::debug!(peer = %host, same_boot, "peer connected, perhaps");
+                } else {
+                    tracing::info!(peer = %host, same_boot, "peer connected");
+                }
                 self.dirty = true;
             }
         }
@@ -103,6 +122,15 @@ impl Switch {
         self.tell_owned(id, true, &|vni| networks.contains(&vni));
         self.moves.peer_up(now, &host);
         Ok(())
+    }
+
+    fn close(&mut self, link: LinkId, why: &str) {
+        self.commands.push(Command::Close { link, why: why.into(), refused: false });
+    }
+
+    pub(super) fn refuse(&mut self, now: Instant, link: LinkId, why: String) {
+        let _ = self.members.refused(now, link, &Told::Refused(why.clone()));
+        self.commands.push(Command::Close { link, why, refused: true });
     }
 
     fn tell_owned(&mut self, link: LinkId, all: bool, wanted: &dyn Fn(Vni) -> bool) {
@@ -162,6 +190,14 @@ impl Switch {
         let ageing = std::time::Duration::from_secs(network.spec.ageing_s.into());
         if !self.is_owned(vni, mac) {
             network.fdb.correct(now, vid, mac, Place::Peer(slot), ageing);
+        }
+    }
+
+    /// Stations are not at a peer's place any more. Those that were heard elsewhere meanwhile stay where they are.
+    fn forgotten(&self, id: LinkId, vni: Vni, stations: &HashSet<(u16, MacAddr)>) {
+        let place = self.members.link(id).and_then(|link| self.members.slot(&link.host)).map(Place::Peer);
+        if let (Some(place), Some(network)) = (place, self.networks.get(&vni)) {
+            network.fdb.flush_stations(place, stations);
         }
     }
 }

@@ -1,18 +1,19 @@
 //! What operators and monitors ask.
 
-use super::{Command, Net, PortState, Switch, Ticket, WAIT, Waiter, Wanted};
+use super::{Command, Expecting, Net, PortState, Switch, Ticket, WAIT, Waiter, Wanted};
 use crate::moves::{Key, Until};
 use crate::tables::{Place, PortSlot};
 use std::sync::Arc;
 use violin_common::api::switch::{
-    FdbEntry, FdbPlace, NetworkSpec, Ownership, PeerSeen, PortKind, PortSeen, PortSpec, SwitchReply, SwitchRequest, SwitchStatus,
+    FdbEntry, FdbPlace, NetworkSpec, Ownership, PortKind, PortSeen, PortSpec, SwitchReply, SwitchRequest, SwitchStatus,
 };
 use violin_common::control::mesh::Message;
 use violin_common::id::INTERFACE_NAME;
 use violin_common::{HostId, Instant, MacAddr, PortId, Vni, is_interface_name};
 
 impl Switch {
-    /// A request came; [`Command::Answer`] carries its answer, now or later. Counters and traffic are the data plane's.
+    /// A request came; [`Command::Answer`] carries its answer, now or later. Counters, traffic and the conditions of ports
+    /// are the data plane's.
     pub fn handle_request(&mut self, now: Instant, ticket: Ticket, request: SwitchRequest) {
         let reply = match request {
             SwitchRequest::Status => Ok(SwitchReply::Status(self.status(now))),
@@ -31,7 +32,7 @@ impl Switch {
                 Ok(SwitchReply::Done)
             }
             SwitchRequest::PortList => Ok(SwitchReply::Ports(self.port_list())),
-            SwitchRequest::PeerList => Ok(SwitchReply::Peers(self.peer_list())),
+            SwitchRequest::PeerList => Ok(SwitchReply::Peers(self.peer_list(now))),
             SwitchRequest::FdbList { vni } => Ok(SwitchReply::Fdb(self.fdb_list(now, vni))),
             SwitchRequest::FdbFlush { vni } => match self.networks.get(&vni) {
                 Some(network) => {
@@ -42,6 +43,7 @@ impl Switch {
             },
             SwitchRequest::Counters => Ok(SwitchReply::Counters(Vec::new())),
             SwitchRequest::Traffic => Ok(SwitchReply::Traffic(Vec::new())),
+            SwitchRequest::PortConditions => Ok(SwitchReply::PortConditions(Vec::new())),
             SwitchRequest::MoveGrant { vni, mac, to } => match self.move_grant(now, (vni, mac), &to) {
                 Ok(()) => return self.wait(now, ticket, (vni, mac), Until::Granted),
                 Err(why) => Err(why),
@@ -161,7 +163,11 @@ impl Switch {
         let free = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
         let slot = PortSlot(u16::try_from(free).map_err(|_| "got one more port, want at most 65536".to_owned())?);
         let id = PortId(self.next_port);
-        let arriving = spec.owned.as_ref().is_some_and(|owned| owned.ownership == Ownership::Arriving);
+        let expecting = match &spec.owned {
+            Some(owned) if owned.ownership == Ownership::Arriving => Expecting::Arrival,
+            _ if patient => Expecting::Later,
+            _ => Expecting::Now,
+        };
         if let Some(owned) = &spec.owned {
             let key = (spec.vni, owned.mac);
             self.moves.port_added(now, key, id, owned.vm.clone(), owned.ownership, self.settled)?;
@@ -175,7 +181,7 @@ impl Switch {
         }
         self.flush_place(Place::Port(slot));
         self.dirty = true;
-        self.commands.push(Command::Attach { slot, id, kind: spec.kind.clone(), mtu, arriving, patient: patient || arriving });
+        self.commands.push(Command::Attach { slot, id, kind: spec.kind.clone(), mtu, expecting });
         self.ports.insert(id, PortState { slot, spec, traffic: Arc::default(), ticket });
         Ok(None)
     }
@@ -227,7 +233,7 @@ impl Switch {
         if let Some(key) = port.key() {
             self.moves.port_removed(now, key);
         }
-        self.flush_place(Place::Port(port.slot));
+        self.forget_stations(|slot| slot == port.slot);
         self.dirty = true;
         self.commands.push(Command::Detach { slot: port.slot, id });
         if let Some(ticket) = port.ticket {
@@ -268,24 +274,6 @@ impl Switch {
                 epoch: moved.as_ref().map(|seen| seen.epoch),
                 traffic: port.traffic.snapshot(),
             }
-        });
-        seen.collect()
-    }
-
-    fn peer_list(&self) -> Vec<PeerSeen> {
-        let seen = self.members.all().filter_map(|(host, member)| {
-            let link = member.link.and_then(|link| self.members.link(link));
-            let traffic = member.traffic.snapshot();
-            Some(PeerSeen {
-                host: host.clone(),
-                domain: member.domain.clone()?,
-                address: member.address,
-                connected: link.is_some(),
-                rtt_ms: None,
-                networks: link.map(|link| link.networks.iter().copied().collect()).unwrap_or_default(),
-                datagrams_out: traffic.datagrams_out,
-                datagrams_in: traffic.datagrams_in,
-            })
         });
         seen.collect()
     }

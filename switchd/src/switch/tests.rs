@@ -1,5 +1,7 @@
 //! Two and three switches side by side, their commands carried out by hand.
 
+mod contest;
+
 use super::*;
 use crate::members::LIMIT;
 use crate::tables::{Forwarding, Gate};
@@ -79,7 +81,7 @@ impl Mesh {
                     self.links.insert((at, ours), (to, theirs));
                     self.links.insert((to, theirs), (at, ours));
                     let domain: DomainId = "d1".parse().unwrap();
-                    self.switches[at].handle_called(self.now, &call);
+                    self.switches[at].handle_called(self.now, &call, None);
                     self.switches[at].handle_connected(LinkId(ours), name(to + 1), domain.clone(), address(to + 1), true);
                     self.switches[to].handle_connected(LinkId(theirs), name(at + 1), domain, address(at + 1), false);
                     self.carry_out(to);
@@ -92,6 +94,7 @@ impl Mesh {
                     }
                 }
                 Command::Close { link, .. } => self.close(at, link),
+                Command::Watch { .. } => {}
                 Command::Answer { ticket, reply } => drop(self.answers.insert((at, ticket.0), reply)),
             }
         }
@@ -265,7 +268,7 @@ fn hints_of_ever_another_address_make_no_more_calls() {
         switch.handle_message(now, told, Message::Members(vec![hint])).unwrap();
         now = now + Duration::from_millis(50);
         if let Some(call) = under_way.take() {
-            switch.handle_called(now, &call);
+            switch.handle_called(now, &call, None);
         }
         for call in switch.members.due(now) {
             assert!(under_way.is_none(), "called while a call is under way");
@@ -515,4 +518,61 @@ fn ports_and_networks_refuse_what_cannot_be() {
     let error = mesh.ask(1, SwitchRequest::NetworkAdd(NetworkSpec { vni: vni(5), mtu: 9000, ageing_s: 300 })).unwrap_err();
     assert!(error.contains("remove its ports first"), "{error}");
     assert_eq!(mesh.ask(1, SwitchRequest::PortRemove { port: PortId(77) }), Ok(SwitchReply::Done));
+}
+
+#[test]
+fn stations_of_a_port_that_is_gone_are_forgotten_where_they_are_still_thought_to_be_there() {
+    let others: [MacAddr; 2] = [MacAddr([2, 0, 0, 0, 0, 2]), MacAddr([2, 0, 0, 0, 0, 3])];
+    for removed in [true, false] {
+        let mut mesh = Mesh::new(3);
+        let (port, other) = (mesh.port(1, "a", None), mesh.port(1, "b", None));
+        let fdbs: Vec<_> = (1..=3).map(|at| Arc::clone(&mesh.network(at).fdb)).collect();
+        let place = |mesh: &Mesh, at: usize, of: usize| {
+            let slot = mesh.tables[at - 1].peers.iter().position(|peer| peer.as_ref().is_some_and(|peer| peer.host == name(of)));
+            Place::Peer(PeerSlot(slot.unwrap() as u16))
+        };
+        let (h1, h3) = (place(&mesh, 2, 1), place(&mesh, 2, 3));
+        // One at the port, one beside it, one that has been heard at h3 since.
+        fdbs[0].learn(mesh.now, 7, MAC, Place::Port(PortSlot(0)));
+        fdbs[0].learn(mesh.now, 0, others[0], Place::Port(PortSlot(1)));
+        fdbs[0].learn(mesh.now, 0, others[1], Place::Port(PortSlot(0)));
+        for (vid, mac, at) in [(7, MAC, h1), (0, MAC, h1), (0, others[0], h1), (0, others[1], h3)] {
+            fdbs[1].learn(mesh.now, vid, mac, at);
+        }
+
+        if removed {
+            mesh.ask(1, SwitchRequest::PortRemove { port }).unwrap();
+        } else {
+            mesh.switches[0].handle_worker(WorkerEvent::Lost { port: PortSlot(0), id: port });
+            // Not what came to its place meanwhile.
+            mesh.switches[0].handle_worker(WorkerEvent::Lost { port: PortSlot(1), id: port });
+        }
+        mesh.settle();
+
+        let known = |at: usize| fdbs[at - 1].entries().into_iter().map(|row| (row.vid, row.mac, row.place)).collect::<Vec<_>>();
+        assert_eq!(known(1), [(0, others[0], Place::Port(PortSlot(1)))], "removed: {removed}");
+        assert_eq!(known(2), [(0, MAC, h1), (0, others[0], h1), (0, others[1], h3)], "removed: {removed}");
+        assert_eq!(other, PortId(2));
+    }
+}
+
+#[test]
+fn a_peer_that_does_not_know_how_to_forget_is_not_told() {
+    let mut mesh = Mesh::new(1);
+    let port = mesh.port(1, "a", None);
+    for (number, link, features) in [(2, LinkId(2), 0), (3, LinkId(3), feature::FORGET)] {
+        mesh.switches[0].handle_connected(link, name(number), "d1".parse().unwrap(), address(number), false);
+        let hello = Hello { features, networks: vec![vni(5)], ..hello(number) };
+        mesh.switches[0].handle_message(mesh.now, link, Message::Hello(hello)).unwrap();
+    }
+    mesh.switches[0].take_commands(mesh.now);
+    mesh.network(1).fdb.learn(mesh.now, 0, MAC, Place::Port(PortSlot(0)));
+
+    mesh.switches[0].port_remove(mesh.now, port);
+
+    let told = mesh.switches[0].take_commands(mesh.now).into_iter().filter_map(|command| match command {
+        Command::Send { link, message: Message::Forgotten { stations, .. } } => Some((link, stations)),
+        _ => None,
+    });
+    assert_eq!(told.collect::<Vec<_>>(), [(LinkId(3), vec![(0, MAC)])]);
 }

@@ -16,9 +16,11 @@ use std::time::{Duration, Instant};
 use switchd::counters::Counters;
 use switchd::fdb::Fdb;
 use switchd::io::dataplane::{DataPlane, QuicDatagram};
+use switchd::io::nft::Keeping;
+use switchd::switch::Expecting;
 use switchd::tables::{Forwarding, Gate, Network, Peer, PeerSlot, Port, PortSlot, SourceRule, WorkerEvent};
 use tokio::sync::mpsc;
-use violin_common::api::switch::PortKind;
+use violin_common::api::switch::{PortConditionSeen, PortKind};
 use violin_common::{PortId, Vni};
 
 pub const MTU: u16 = 1400;
@@ -43,11 +45,11 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Asks until the answer is yes; panics after ten seconds.
+/// Asks until the answer is yes; panics after half a minute: a crowded machine is several times slower.
 pub fn until(what: &str, mut yes: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(30);
     while !yes() {
-        assert!(Instant::now() < deadline, "waited ten seconds: {what}");
+        assert!(Instant::now() < deadline, "waited half a minute: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -131,6 +133,11 @@ pub struct Host {
 impl Host {
     /// A host whose mesh port is `address`, which an interface of `ns` must have.
     pub fn start(ns: Namespace, address: &str) -> Self {
+        Self::start_keeping(Keeping::Owned, ns, address)
+    }
+
+    /// Likewise, and says how guards are to be kept.
+    pub fn start_keeping(keeping: Keeping, ns: Namespace, address: &str) -> Self {
         let address: SocketAddr = format!("{address}:{MESH}").parse().unwrap();
         let tables = Arc::new(ArcSwap::from_pointee(Forwarding::default()));
         let counters = Arc::new(Counters::default());
@@ -138,7 +145,7 @@ impl Host {
         let (quic_in, quic) = mpsc::channel(64);
         let plane = ns.enter(|| {
             let socket = UdpSocket::bind(address).unwrap();
-            DataPlane::start(socket, tables.clone(), counters.clone(), events_in, quic_in).unwrap()
+            DataPlane::start_keeping(keeping, socket, tables.clone(), counters.clone(), events_in, quic_in).unwrap()
         });
         Self { plane: Some(plane), tables, counters, events, quic, address, ns, next_port: 0 }
     }
@@ -211,7 +218,7 @@ impl Host {
     }
 
     pub fn attach(&self, (slot, id): (PortSlot, PortId), kind: &PortKind, mtu: u16) {
-        self.ns.enter(|| self.plane().attach(slot, id, kind, mtu, false).unwrap());
+        self.ns.enter(|| self.plane().attach(slot, id, kind, mtu, Expecting::Now).unwrap());
     }
 
     /// A port on an interface of this host.
@@ -219,6 +226,10 @@ impl Host {
         let port = self.announce_port(vni, false);
         self.attach(port, &PortKind::Packet { interface: interface.into() }, mtu);
         port
+    }
+
+    pub fn condition(&self, port: (PortSlot, PortId)) -> PortConditionSeen {
+        self.plane().conditions().into_iter().find(|seen| seen.port == port.1).expect("known")
     }
 
     pub fn drops(&self) -> Vec<(String, u64)> {

@@ -7,7 +7,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use violin_channel::local::blocking::ask;
 use violin_channel::pki;
-use violin_common::api::switch::{MoveState, OwnedMac, Ownership, PeerSeen, PortKind, PortSpec, SwitchReply, SwitchRequest};
+use violin_common::api::switch::{
+    MoveState, OwnedMac, Ownership, PeerSeen, PortConditionSeen, PortKind, PortSpec, SwitchReply, SwitchRequest,
+};
 use violin_common::{HostId, MacAddr};
 
 pub const VNI: u32 = 5;
@@ -48,6 +50,8 @@ pub struct Site {
     pub listens: BTreeMap<usize, String>,
     /// Whom hosts join that do not join all others before them.
     pub joins: BTreeMap<usize, Vec<String>>,
+    /// Hosts that have name and certificate of another one.
+    pub copies: BTreeMap<usize, usize>,
 }
 
 impl Site {
@@ -60,9 +64,9 @@ impl Site {
         let underlay = Namespace::new("underlay");
         underlay.run("ip link add bridge0 type bridge && ip link set bridge0 up");
         let (hosts, guests, daemons) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let (listens, joins) = (BTreeMap::new(), BTreeMap::new());
+        let (listens, joins, copies) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let mut site =
-            Self { directory, _underlay: underlay, hosts, guests, daemons, wildcards: BTreeSet::new(), listens, joins };
+            Self { directory, _underlay: underlay, hosts, guests, daemons, wildcards: BTreeSet::new(), listens, joins, copies };
         for number in 1..=count {
             let ns = Namespace::new(&format!("h{number}"));
             let bridge = &site._underlay.0;
@@ -106,9 +110,10 @@ impl Site {
         let pki = directory.join(pki_directory);
         let listen = if self.wildcards.contains(&number) { "[::]".into() } else { format!("10.71.0.{number}") };
         let listen = self.listens.get(&number).cloned().unwrap_or(listen);
+        let name = host(self.copies.get(&number).copied().unwrap_or(number));
         let text = format!(
-            "host = \"h{number}\"\ndomain = \"d1\"\nlisten = \"{listen}:7471\"\njoin = [{}]\nsocket = \"{}\"\n\
-             [tls]\nca = \"{pki}/ca.pem\"\ncert = \"{pki}/h{number}.pem\"\nkey = \"{pki}/h{number}.key\"\n{extra}",
+            "host = \"{name}\"\ndomain = \"d1\"\nlisten = \"{listen}:7471\"\njoin = [{}]\nsocket = \"{}\"\n\
+             [tls]\nca = \"{pki}/ca.pem\"\ncert = \"{pki}/{name}.pem\"\nkey = \"{pki}/{name}.key\"\n{extra}",
             join.join(", "),
             self.socket(number).display(),
             pki = pki.display(),
@@ -157,6 +162,13 @@ impl Site {
     pub fn peers(&self, number: usize) -> Vec<PeerSeen> {
         match self.ask(number, SwitchRequest::PeerList) {
             Ok(SwitchReply::Peers(peers)) => peers,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn conditions(&self, number: usize) -> Vec<PortConditionSeen> {
+        match self.ask(number, SwitchRequest::PortConditions) {
+            Ok(SwitchReply::PortConditions(seen)) => seen,
             other => panic!("{other:?}"),
         }
     }

@@ -32,7 +32,7 @@ fn a_join_address_that_is_a_second_one_of_a_connected_member_is_called_once() {
     members.connected(called, "h1".parse().unwrap(), domain, second.into(), true, 2);
     assert_eq!(members.greet(now, called, hello("h1")), Ok(Greeted::Superseded), "the lower name's call stays");
     members.closed(now, called);
-    members.called(now, &calls[0]);
+    members.called(now, &calls[0], None);
 
     let later = now + BACKOFF_MAX * 2;
     assert_eq!(members.due(later), []);
