@@ -2,16 +2,40 @@
 //!
 //! On a crowded host a VM that wants a core shows only its share as utilisation, so utilisation alone hides exactly the
 //! VMs to look for. Time spent waiting for a core tells them apart, but a VM that merely wakes often waits too: behind a
-//! quota, one that runs 1 % of the time can wait 80 % of it. So waiting counts only for a VM that has used up its fair share.
+//! quota, one that runs 1 % of the time can wait 80 % of it. So waiting counts only for a VM that has used up its fair share,
+//! or whose way of running tells that it would use all it gets: it computes on and on, and hardly ever sleeps of itself.
 //! Source: ours, see docs/architecture.md, Demand; Ruth et al. (2011) use utilisation.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 /// A VM has used up its fair share when it ran this part of it. The rest is the slack of scheduling: three endless loops
 /// behind one quota on two cores were seen to get 1.4, 0.8 and 0.75 of a fair 1.0.
 const USED_UP: f64 = 0.6;
 /// Intervals over which a VM's share is judged.
 const KEPT: usize = 4;
+
+/// CPU time between two sleeps from which on a VM computes, rather than merely wakes. Real time: what a waker does for one
+/// event takes microseconds, also where it does the work of a whole quota period at once.
+const LONG: Duration = Duration::from_millis(2);
+/// Sleeps after which short bursts say that a VM merely wakes. One or two say nothing: a computing one has some, too.
+const SLEEPS: u64 = 3;
+/// What a slice may take that did nothing: behind a spent quota the kernel picks a thread, sees that, and takes it off its
+/// core again, 13 times in 250 ms. A starved loop and a waker look the same then, with 4 to 8 us each time.
+const EMPTY_SLICE: Duration = Duration::from_micros(20);
+/// Part of the time a VM may sleep, as seen over the last few intervals, and still want all.
+const ASLEEP: f64 = 0.2;
+
+/// How a VM's threads came onto cores and left them, in an interval.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Bursts {
+    /// CPU time they ran; real, by no scale.
+    pub ran: Duration,
+    /// Times they were put onto a core.
+    pub slices: u64,
+    /// Times they left one of themselves, to sleep; all others ended because somebody else's turn or the quota's end had come.
+    pub sleeps: u64,
+}
 
 /// What one VM did in an interval. Units: `run` in declared cores (time run / (wall × scale)), `wait` in cores of wall
 /// time (time ready and waiting / wall), which no scale changes.
@@ -23,6 +47,10 @@ pub struct Load {
     pub run: f64,
     /// Cores it waited for.
     pub wait: f64,
+    /// Time run / wall: `run` in cores of wall time.
+    pub real: f64,
+    /// How it ran, where that can be had.
+    pub bursts: Option<Bursts>,
 }
 
 /// What follows for one VM, as fractions of its virtual CPUs, 0 to 1.
@@ -47,38 +75,87 @@ impl Load {
     }
 }
 
-/// The last few loads of one VM. Whether it gets its fair share is seen over some intervals, not in one: on a full host a
-/// busy VM was seen to run 0.27 of a core in one second and 1.0 in the next.
+/// The last few loads of one VM, and what it was found to be. Whether it gets its fair share is seen over some intervals,
+/// not in one: on a full host a busy VM was seen to run 0.27 of a core in one second and 1.0 in the next.
 #[derive(Debug, Clone, Default)]
-pub struct Recent(VecDeque<Load>);
+pub struct Recent {
+    loads: VecDeque<Load>,
+    /// What it did since it was last judged: some intervals hold no evidence, as when the quota was spent all the while.
+    unjudged: Bursts,
+    computes: bool,
+    /// Whether it has not slept since the interval before the last, as far as that can be told.
+    awake: bool,
+}
+
+/// A VM's last interval in the light of the ones before.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Judged {
+    /// The last interval.
+    pub load: Load,
+    /// Mean of the last few.
+    pub mean: Load,
+    /// Whether it computes for long each time it may.
+    pub computes: bool,
+    /// Whether it was ready to run all through the last interval, whatever its counters say by now: time waited is told only
+    /// when the wait ends.
+    pub ready: bool,
+}
 
 impl Recent {
-    /// Adds the load of the last interval and returns the mean of those kept.
-    pub fn mean_with(&mut self, load: Load) -> Load {
-        if self.0.len() == KEPT {
-            self.0.pop_front();
+    /// Adds the load of the last interval and judges it.
+    pub fn judge(&mut self, load: Load) -> Judged {
+        if self.loads.len() == KEPT {
+            self.loads.pop_front();
         }
-        self.0.push_back(load);
+        self.loads.push_back(load);
         #[allow(clippy::cast_precision_loss)] // At most KEPT.
-        let count = self.0.len() as f64;
-        let mean = |figure: fn(&Load) -> f64| self.0.iter().map(figure).sum::<f64>() / count;
-        Load { vcpus: load.vcpus, run: mean(|load| load.run), wait: mean(|load| load.wait) }
+        let count = self.loads.len() as f64;
+        let mean = |figure: fn(&Load) -> f64| self.loads.iter().map(figure).sum::<f64>() / count;
+        let mean = Load { run: mean(|load| load.run), wait: mean(|load| load.wait), real: mean(|load| load.real), ..load };
+        let asleep = 1.0 - ((mean.real + mean.wait) / load.limit()).min(1.0);
+        match load.bursts {
+            Some(bursts) => self.weigh(bursts, asleep),
+            None => (self.computes, self.awake, self.unjudged) = (false, false, Bursts::default()),
+        }
+        Judged { load, mean, computes: self.computes, ready: self.awake }
+    }
+
+    fn weigh(&mut self, bursts: Bursts, asleep: f64) {
+        if bursts.sleeps > 0 {
+            self.awake = false;
+        } else if bursts.slices > 0 {
+            self.awake = true;
+        }
+        let empty = EMPTY_SLICE.saturating_mul(u32::try_from(bursts.slices).unwrap_or(u32::MAX));
+        self.unjudged.ran += bursts.ran.saturating_sub(empty);
+        self.unjudged.sleeps += bursts.sleeps;
+        let Bursts { ran, sleeps, .. } = self.unjudged;
+        let long = ran >= LONG.saturating_mul(u32::try_from(sleeps.saturating_add(1)).unwrap_or(u32::MAX));
+        if long {
+            self.computes = sleeps == 0 || asleep < ASLEEP;
+        } else if sleeps >= SLEEPS {
+            self.computes = false;
+        } else {
+            return;
+        }
+        self.unjudged = Bursts::default();
     }
 }
 
-/// Demands of all VMs of a host with `cores` declared cores, in the order given: each VM's load of the last interval and
-/// its mean over the last few ([`Recent`]), by which its share is judged.
+/// Demands of all VMs of a host with `cores` declared cores, in the order given, each judged by its last few intervals
+/// ([`Recent`]).
 ///
 /// Fair shares are max-min fair: the cores are poured over the VMs' bounds to one level, so a VM that wants less than the
 /// level leaves its rest to the others. Cost: O(n log n).
-pub fn demands(cores: f64, loads: &[(Load, Load)]) -> Vec<Demand> {
-    let level = fair_level(cores, loads.iter().map(|(_, mean)| mean.bound()).collect());
-    loads
+pub fn demands(cores: f64, judged: &[Judged]) -> Vec<Demand> {
+    let level = fair_level(cores, judged.iter().map(|vm| vm.mean.bound()).collect());
+    judged
         .iter()
-        .map(|(load, mean)| {
+        .map(|Judged { load, mean, computes, ready }| {
             let share = mean.bound().min(level);
-            let counts = mean.run >= USED_UP * share;
-            let wanted = if counts { load.run + load.wait } else { load.run };
+            let wait = if *computes && *ready { load.wait.max(mean.wait) } else { load.wait };
+            let counts = *computes || mean.run >= USED_UP * share;
+            let wanted = if counts { load.run + wait } else { load.run };
             let fraction = |cores: f64| (cores / load.limit()).clamp(0.0, 1.0);
             Demand { run: fraction(load.run), wait: fraction(load.wait), demand: fraction(wanted) }
         })
@@ -109,11 +186,11 @@ mod tests {
 
     /// Demands when each VM has always done the same.
     fn steady(cores: f64, loads: &[Load]) -> Vec<Demand> {
-        demands(cores, &loads.iter().map(|load| (*load, *load)).collect::<Vec<_>>())
+        demands(cores, &loads.iter().map(|load| Recent::default().judge(*load)).collect::<Vec<_>>())
     }
 
     fn one(run: f64, wait: f64) -> Load {
-        Load { vcpus: 1, run, wait }
+        Load { vcpus: 1, run, wait, real: run, bursts: None }
     }
 
     #[test]
@@ -139,15 +216,11 @@ mod tests {
     fn one_bad_interval_hides_no_starved_vm() {
         let mut past = Recent::default();
         for run in [0.8, 0.6, 0.9] {
-            past.mean_with(one(run, 0.9));
+            past.judge(one(run, 0.9));
         }
-        let now = one(0.2, 0.95);
-        let mean = past.mean_with(now);
+        let others = [1.0, 1.0, 0.8].map(|run| Recent::default().judge(one(run, 0.9)));
 
-        let demands = demands(
-            3.0,
-            &[(now, mean), (one(1.0, 0.9), one(1.0, 0.9)), (one(1.0, 0.9), one(1.0, 0.9)), (one(0.8, 0.9), one(0.8, 0.9))],
-        );
+        let demands = demands(3.0, &[past.judge(one(0.2, 0.95)), others[0], others[1], others[2]]);
 
         assert!(demands[0].demand > 0.75, "{demands:?}");
     }
@@ -169,7 +242,7 @@ mod tests {
 
     #[test]
     fn a_vm_with_more_virtual_cpus_gets_a_larger_share_only_of_what_others_leave() {
-        let loads = [Load { vcpus: 4, run: 2.2, wait: 1.5 }, one(0.8, 0.2)];
+        let loads = [Load { vcpus: 4, ..one(2.2, 1.5) }, one(0.8, 0.2)];
 
         let demands = steady(3.0, &loads);
 
@@ -186,7 +259,7 @@ mod tests {
     proptest! {
         #[test]
         fn demand_is_a_fraction_at_least_the_time_run(cores in 0.1..64.0f64, raw in prop::collection::vec((1..8u32, 0.0..9.0f64, 0.0..9.0f64), 0..20)) {
-            let loads: Vec<_> = raw.into_iter().map(|(vcpus, run, wait)| Load { vcpus, run, wait }).collect();
+            let loads: Vec<_> = raw.into_iter().map(|(vcpus, run, wait)| Load { vcpus, ..one(run, wait) }).collect();
 
             for demand in steady(cores, &loads) {
                 prop_assert!((0.0..=1.0).contains(&demand.demand) && demand.demand >= demand.run);

@@ -79,8 +79,19 @@ pub struct Usage {
     pub run_ns: u64,
     /// Time they were ready to run and waited, throttling included, in nanoseconds.
     pub wait_ns: u64,
+    /// How they came onto cores, where that can be had.
+    pub scheduled: Option<Scheduled>,
     /// Memory resident on the host, in bytes.
     pub memory_bytes: u64,
+}
+
+/// How often the threads of a VM's vCPUs came onto cores and left them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Scheduled {
+    /// Times they were put onto a core.
+    pub slices: u64,
+    /// Times they left it of themselves, to sleep.
+    pub sleeps: u64,
 }
 
 /// How a move ended at the source.

@@ -1,5 +1,6 @@
 //! From two readings of counters to rates.
 
+use crate::demand::{Bursts, Load};
 use crate::hypervisor::Usage;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -24,6 +25,22 @@ pub fn cpu(before: At<Usage>, now: At<Usage>) -> Option<(f64, f64)> {
     let wait = now.value.wait_ns.checked_sub(before.value.wait_ns)?;
     let wall = wall(before.at, now.at)?;
     Some((Duration::from_nanos(run).as_secs_f64() / wall, Duration::from_nanos(wait).as_secs_f64() / wall))
+}
+
+/// How a VM ran in between. `None`: it is not told, or a counter fell.
+pub fn bursts(before: At<Usage>, now: At<Usage>) -> Option<Bursts> {
+    let (was, is) = (before.value.scheduled?, now.value.scheduled?);
+    Some(Bursts {
+        ran: Duration::from_nanos(now.value.run_ns.checked_sub(before.value.run_ns)?),
+        slices: is.slices.checked_sub(was.slices)?,
+        sleeps: is.sleeps.checked_sub(was.sleeps)?,
+    })
+}
+
+/// A VM's load between two readings, on a host of this scale. `None`: as of [`cpu`].
+pub fn load(vcpus: u32, scale: f64, before: At<Usage>, now: At<Usage>) -> Option<Load> {
+    let (real, wait) = cpu(before, now)?;
+    Some(Load { vcpus, run: real / scale, wait, real, bursts: bursts(before, now) })
 }
 
 /// Growth per second of a counter; 0 if it fell (its daemon was restarted).
@@ -76,7 +93,7 @@ mod tests {
     use super::*;
 
     fn usage(run_ms: u64, wait_ms: u64) -> Usage {
-        Usage { run_ns: run_ms * 1_000_000, wait_ns: wait_ms * 1_000_000, memory_bytes: 0 }
+        Usage { run_ns: run_ms * 1_000_000, wait_ns: wait_ms * 1_000_000, ..Usage::default() }
     }
 
     const SECOND: u64 = 1_000_000_000;

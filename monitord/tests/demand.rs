@@ -8,7 +8,7 @@ use monitord::hypervisor::Hypervisor;
 use monitord::io::clock;
 use monitord::io::netlink::inside;
 use monitord::io::sandbox::Sandbox;
-use monitord::sample::{At, cpu};
+use monitord::sample::{At, load};
 use std::fs::File;
 use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,17 +24,31 @@ const RANK: &str = "while :; do :; done\n";
 const PERIODS: usize = 4;
 const PERIOD: Duration = Duration::from_secs(1);
 
+/// Wakes 500 times a second.
+const WAKER: &str = "exec perl -e 'while (1) { select(undef, undef, undef, 0.002) }'\n";
+
+/// What a host's guests may have, and how they are watched.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    cores: f64,
+    scale: f64,
+    quota_period: Duration,
+    period: Duration,
+}
+
+const USUAL: Shape = Shape { cores: CORES, scale: SCALE, quota_period: Duration::from_millis(100), period: PERIOD };
+
 /// A full host: guests that run these programs, behind its quota.
 struct FullHost {
     driver: Sandbox,
     specs: Vec<VmSpec>,
     world: World,
+    shape: Shape,
 }
 
 impl FullHost {
-    fn new(tag: &str, programs: &[&str]) -> Self {
+    fn new(tag: &str, shape: Shape, programs: &[&str]) -> Self {
         let world = World::new(tag);
-        world.group("h1").set_quota(Some(CORES * SCALE)).unwrap();
         let driver = world.driver("h1");
         let spec = |(number, program): (usize, &&str)| {
             let mut spec = world.spec();
@@ -49,33 +63,32 @@ impl FullHost {
             world.attach("h1", &interface);
             driver.start(spec, &interface, None).unwrap();
         }
-        Self { driver, specs, world }
+        // Not before: behind it starting takes seconds.
+        world.group("h1").clone().with_period(shape.quota_period).set_quota(Some(shape.cores * shape.scale)).unwrap();
+        Self { driver, specs, world, shape }
     }
 
     /// Loads and demands of some periods, found as the daemon finds them.
-    fn measure(&self) -> Vec<Vec<(Load, Demand)>> {
+    fn measure(&self, periods: usize) -> Vec<Vec<(Load, Demand)>> {
         let read = |spec: &VmSpec| At { at: clock::now(), value: self.driver.usage(&spec.vm).unwrap() };
         let mut recent = vec![Recent::default(); self.specs.len()];
         let mut before: Vec<_> = self.specs.iter().map(read).collect();
         let period = || {
             // Time to run is what is measured here.
-            std::thread::sleep(PERIOD);
+            std::thread::sleep(self.shape.period);
             let after: Vec<_> = self.specs.iter().map(read).collect();
-            let loads = before.iter().zip(&after).map(|(before, after)| {
-                let (run, wait) = cpu(*before, *after).unwrap();
-                Load { vcpus: 1, run: run / SCALE, wait }
-            });
-            let judged: Vec<_> = loads.zip(&mut recent).map(|(load, past)| (load, past.mean_with(load))).collect();
+            let loads = before.iter().zip(&after).map(|(before, after)| load(1, self.shape.scale, *before, *after).unwrap());
+            let judged: Vec<_> = loads.zip(&mut recent).map(|(load, past)| past.judge(load)).collect();
             before = after;
-            let demands = demands(CORES, &judged);
-            let seen: Vec<_> = judged.into_iter().map(|(load, _)| load).zip(demands).collect();
+            let demands = demands(self.shape.cores, &judged);
+            let seen: Vec<_> = judged.into_iter().map(|vm| vm.load).zip(demands).collect();
             for (load, demand) in &seen {
                 println!("run {:.3} wait {:.3} demand {:.3}", load.run, load.wait, demand.demand);
             }
             println!();
             seen
         };
-        std::iter::repeat_with(period).take(PERIODS).collect()
+        std::iter::repeat_with(period).take(periods).collect()
     }
 
     /// The ranks, all but the last guest, want all; the last, which waits too, wants little.
@@ -91,13 +104,46 @@ impl FullHost {
     }
 }
 
+impl Drop for FullHost {
+    fn drop(&mut self) {
+        // Behind a quota ending takes seconds, too.
+        let _ = self.world.group("h1").set_quota(None);
+    }
+}
+
 #[test]
 #[ignore = "needs root"]
 fn on_a_full_host_a_guest_that_merely_wakes_wants_little_and_starved_ones_all() {
-    let waking = "exec perl -e 'while (1) { select(undef, undef, undef, 0.002) }'\n";
-    let host = FullHost::new("dm", &[RANK, RANK, RANK, waking]);
+    let host = FullHost::new("dm", USUAL, &[RANK, RANK, RANK, WAKER]);
 
-    host.assert_told_apart(&host.measure());
+    host.assert_told_apart(&host.measure(PERIODS));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn however_cores_scale_periods_and_guests_are_starved_ones_want_all_and_those_that_wake_little() {
+    let ms = Duration::from_millis;
+    let mut wrong = Vec::new();
+    for (cores, burners) in [(1u32, 1), (1, 2), (2, 4), (3, 4), (3, 5), (3, 6)] {
+        for (scale, quota_period, period) in [(0.1, 20, 250), (0.15, 20, 250), (0.15, 100, 250), (0.3, 100, 250)] {
+            let shape = Shape { cores: f64::from(cores), scale, quota_period: ms(quota_period), period: ms(period) };
+            let programs: Vec<_> = [RANK].repeat(burners).into_iter().chain([WAKER]).collect();
+            let host = FullHost::new("dx", shape, &programs);
+
+            // Of the first second little is known: the first periods are the start of the programs, too.
+            let seen = host.measure(14).split_off(6);
+
+            for (guest, program) in programs.iter().enumerate() {
+                let demands: Vec<f64> = seen.iter().map(|period| period[guest].1.demand).collect();
+                let right = |demand: &f64| if *program == RANK { *demand > 0.75 } else { *demand < 0.25 };
+                if !demands.iter().all(right) {
+                    let kind = if *program == RANK { "loop" } else { "waker" };
+                    wrong.push(format!("{shape:?}, {burners} loops, guest {guest} ({kind}): {demands:.2?}"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 /// Receives datagrams and says each hundredth.
@@ -116,7 +162,7 @@ while (defined $s->recv(my $data, 2000)) { print "$n\n" if ++$n % 100 == 0 }
 #[test]
 #[ignore = "needs root"]
 fn on_a_full_host_a_guest_that_receives_500_frames_a_second_wants_little_and_starved_ranks_all() {
-    let host = FullHost::new("dr", &[RANK, RANK, RANK, RECEIVER]);
+    let host = FullHost::new("dr", USUAL, &[RANK, RANK, RANK, RECEIVER]);
     let console = host.driver.console(&host.specs[3].vm);
     let received = || -> u32 {
         let text = std::fs::read_to_string(&console).unwrap();
@@ -138,7 +184,7 @@ fn on_a_full_host_a_guest_that_receives_500_frames_a_second_wants_little_and_sta
         let measured = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             until("the guest receives", Duration::from_secs(30), || received() > 0);
             let (before, began) = (received(), Instant::now());
-            (host.measure(), received() - before, began.elapsed().as_secs_f64())
+            (host.measure(PERIODS), received() - before, began.elapsed().as_secs_f64())
         }));
         done.store(true, Ordering::Relaxed);
         measured.unwrap_or_else(|panic| std::panic::resume_unwind(panic))

@@ -169,6 +169,8 @@ fn starts(host: &Host, image: &ImageFiles) {
 fn resizes(host: &Host) {
     let usage = host.driver.usage(&vm()).unwrap();
     assert!(usage.run_ns > 100_000_000 && usage.wait_ns > 0 && usage.memory_bytes > 50 << 20, "{usage:?}");
+    let scheduled = usage.scheduled.expect("how its vCPU came onto cores is told");
+    assert!(scheduled.slices > 0 && scheduled.sleeps > 0, "{usage:?}");
 
     host.driver.set_cpu(&vm(), 512, Some(0.5)).unwrap();
     let parameters = host.virsh(&format!("schedinfo {VM}"));

@@ -4,27 +4,101 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-/// One task's CPU account. Source: Documentation/scheduler/sched-stats.rst, `/proc/PID/schedstat`.
+/// One task's CPU account. Source: Documentation/scheduler/sched-stats.rst, `/proc/PID/schedstat`; proc_pid_status(5).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TaskTime {
     /// Nanoseconds run.
     pub run_ns: u64,
     /// Nanoseconds ready to run and waiting; time throttled by a quota counts.
     pub wait_ns: u64,
+    /// Times it was put onto a core.
+    pub slices: u64,
+    /// Times it left one of itself, to sleep.
+    pub sleeps: u64,
+}
+
+impl TaskTime {
+    /// What was added since an earlier reading; none if any figure fell.
+    pub fn since(self, before: Self) -> Option<Self> {
+        Some(Self {
+            run_ns: self.run_ns.checked_sub(before.run_ns)?,
+            wait_ns: self.wait_ns.checked_sub(before.wait_ns)?,
+            slices: self.slices.checked_sub(before.slices)?,
+            sleeps: self.sleeps.checked_sub(before.sleeps)?,
+        })
+    }
+
+    /// Adds another's figures.
+    pub const fn add(&mut self, more: Self) {
+        self.run_ns += more.run_ns;
+        self.wait_ns += more.wait_ns;
+        self.slices += more.slices;
+        self.sleeps += more.sleeps;
+    }
 }
 
 /// CPU accounts of all threads of a process, by thread. Empty if it has ended.
 pub fn tasks(pid: i32) -> Vec<(i32, TaskTime)> {
+    task_ids(pid).into_iter().filter_map(|tid| Some((tid, task(pid, tid)?))).collect()
+}
+
+fn task_ids(pid: i32) -> Vec<i32> {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
-    entries
-        .filter_map(|entry| {
-            let tid = entry.ok()?.file_name().to_str()?.parse().ok()?;
-            let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
-            let mut words = text.split_ascii_whitespace().map(str::parse);
-            let time = TaskTime { run_ns: words.next()?.ok()?, wait_ns: words.next()?.ok()? };
-            Some((tid, time))
-        })
-        .collect()
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn task(pid: i32, tid: i32) -> Option<TaskTime> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
+    let mut words = text.split_ascii_whitespace().map(str::parse);
+    let (run_ns, wait_ns, slices) = (words.next()?.ok()?, words.next()?.ok()?, words.next()?.ok()?);
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).ok()?;
+    let sleeps = text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?.trim().parse().ok()?;
+    Some(TaskTime { run_ns, wait_ns, slices, sleeps })
+}
+
+/// A network namespace, as the kernel tells namespaces apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Netns(u64, u64);
+
+impl Netns {
+    fn of(process: &str) -> Option<Self> {
+        use std::os::unix::fs::MetadataExt;
+        fs::metadata(format!("/proc/{process}/ns/net")).ok().map(|seen| Self(seen.dev(), seen.ino()))
+    }
+
+    /// The calling thread's; none without /proc.
+    pub fn here() -> Option<Self> {
+        Self::of("thread-self")
+    }
+}
+
+/// The QEMU of a network namespace whose guest has this name: others of that name may run on this machine, as in a lab.
+/// Cost: a look at every process.
+pub fn emulator(guest: &str, netns: Netns) -> Option<i32> {
+    let names = fs::read_dir("/proc").ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut pids = names.filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+    let command = |pid: &str| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    pids.find(|pid| is_emulator_of(&command(pid), guest) && Netns::of(pid) == Some(netns))?.parse().ok()
+}
+
+/// Whether a command line is that of the QEMU which libvirt started for this guest: it names it after `-name`.
+fn is_emulator_of(command: &[u8], guest: &str) -> bool {
+    let words: Vec<&[u8]> = command.split(|byte| *byte == 0).collect();
+    let wanted = format!("guest={guest}");
+    words.windows(2).any(|pair| pair[0] == b"-name" && pair[1].split(|byte| *byte == b',').next() == Some(wanted.as_bytes()))
+}
+
+/// CPU account of the threads that run a QEMU's vCPUs, together: those it calls `CPU 0/KVM`, `CPU 0/TCG`. `None`: it has none.
+pub fn vcpus(pid: i32) -> Option<TaskTime> {
+    let is_vcpu = |tid: &i32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default();
+        name.starts_with("CPU ") && name.contains('/')
+    };
+    let mut all = None;
+    for tid in task_ids(pid).into_iter().filter(is_vcpu) {
+        all.get_or_insert_with(TaskTime::default).add(task(pid, tid)?);
+    }
+    all
 }
 
 /// Memory of a process resident on the host, in bytes; 0 if it has ended.
@@ -115,6 +189,35 @@ mod tests {
         child.wait().unwrap();
         assert!(seen.contains(&own) && seen.contains(&i32::try_from(child.id()).unwrap()), "{seen:?}");
         assert!(beside(i32::MAX).is_empty());
+    }
+
+    #[test]
+    fn an_emulator_is_known_by_its_guests_whole_name() {
+        let of = |words: &[&str]| words.join("\0").into_bytes();
+
+        assert!(is_emulator_of(&of(&["/usr/bin/qemu-system-x86_64", "-name", "guest=a-c1,debug-threads=on", "-S"]), "a-c1"));
+        assert!(!is_emulator_of(&of(&["qemu", "-name", "guest=a-c10,debug-threads=on"]), "a-c1"));
+        assert!(!is_emulator_of(&of(&["grep", "guest=a-c1"]), "a-c1"));
+    }
+
+    #[test]
+    fn one_that_sleeps_is_told_from_one_that_computes() {
+        let mut child = std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let ran = |pid| tasks(pid).first().map_or(0, |(_, seen)| seen.run_ns);
+        while ran(pid) < 50_000_000 && std::time::Instant::now() < deadline {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+
+        let computing = tasks(pid)[0].1;
+        let own = i32::try_from(std::process::id()).unwrap();
+        let sleeping = tasks(own).into_iter().map(|(_, seen)| seen.sleeps).max().unwrap();
+
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(computing.slices > 0 && computing.run_ns / computing.sleeps.max(1) > 1_000_000, "{computing:?}");
+        assert!(sleeping > 0);
     }
 
     #[test]

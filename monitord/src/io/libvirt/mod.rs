@@ -5,6 +5,7 @@
 //! to libvirt, then `migrate.rs`.
 
 mod domain;
+mod emulators;
 mod events;
 mod link;
 mod migrate;
@@ -12,9 +13,12 @@ mod parameters;
 mod sys;
 mod tap;
 
-use crate::hypervisor::{Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Usage, Whereabouts};
+use crate::hypervisor::{
+    Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Scheduled, Usage, Whereabouts,
+};
 use crate::io::cgroup::{Hierarchies, weight};
 use domain::Places;
+use emulators::Emulators;
 use events::{Session, Sink, lock, ours};
 use link::Link;
 use migrate::Incoming;
@@ -76,6 +80,7 @@ pub struct Libvirt {
     events: Mutex<Option<Receiver<HypervisorEvent>>>,
     /// Moves away from this host under way, each with whether it shall be given up.
     leaving: Mutex<BTreeMap<VmId, Arc<AtomicBool>>>,
+    emulators: Emulators,
 }
 
 impl Libvirt {
@@ -88,7 +93,8 @@ impl Libvirt {
         let (sender, receiver) = channel();
         let sink = Arc::new(Sink::new(sender, settings.run.clone()));
         let link = Link::start(settings.uri.clone(), settings.accel, sink.clone())?;
-        Ok(Self { settings, link, sink, events: Mutex::new(Some(receiver)), leaving: Mutex::default() })
+        let events = Mutex::new(Some(receiver));
+        Ok(Self { settings, link, sink, events, leaving: Mutex::default(), emulators: Emulators::here() })
     }
 
     /// The connection and, if it is here, the VM's domain.
@@ -313,7 +319,10 @@ impl Hypervisor for Libvirt {
         let (session, domain) = self.domain(vm)?;
         let statistics = match domain.statistics(raw::VIR_DOMAIN_STATS_VCPU | raw::VIR_DOMAIN_STATS_BALLOON) {
             Ok(statistics) => statistics,
-            Err(failure) if is_gone(&failure) => return Err(HypervisorError::NotHere(vm.clone())),
+            Err(failure) if is_gone(&failure) => {
+                self.emulators.forget(vm);
+                return Err(HypervisorError::NotHere(vm.clone()));
+            }
             Err(failure) => return Err(refused(&session, format!("asking what {vm} used"), &failure)),
         };
         let sum = |kind: &str| {
@@ -321,7 +330,8 @@ impl Hypervisor for Libvirt {
             statistics.iter().filter(|(name, _)| of_vcpu(name)).filter_map(|(name, _)| number(&statistics, name)).sum()
         };
         let kib = number(&statistics, "balloon.rss").or_else(|| number(&statistics, "balloon.current")).unwrap_or(0);
-        Ok(Usage { run_ns: sum(".time"), wait_ns: sum(".delay"), memory_bytes: kib * 1024 })
+        let scheduled = self.emulators.vcpus(vm).map(|seen| Scheduled { slices: seen.slices, sleeps: seen.sleeps });
+        Ok(Usage { run_ns: sum(".time"), wait_ns: sum(".delay"), scheduled, memory_bytes: kib * 1024 })
     }
 
     fn set_memory(&self, vm: &VmId, memory_mib: u64) -> Result<(), HypervisorError> {

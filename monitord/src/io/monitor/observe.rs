@@ -3,10 +3,10 @@
 use super::restart::by_vm;
 use super::start::BOOT_LIMIT;
 use super::{Monitor, Vm, lock};
-use crate::demand::{Load, Recent, demands};
+use crate::demand::{Recent, demands};
 use crate::hypervisor::Usage;
 use crate::io::{clock, console, proc};
-use crate::sample::{At, Traffic, cpu, rate};
+use crate::sample::{At, Traffic, load, rate};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant as Clock;
@@ -56,7 +56,7 @@ impl Monitor {
         let here: Vec<Vm> = lock(&self.vms).values().filter(|vm| vm.state != VmState::Arriving).cloned().collect();
         self.bound_consoles(&here, last);
         let mut samples = Vec::new();
-        let mut loads = Vec::new();
+        let mut judged = Vec::new();
         let mut recent = BTreeMap::new();
         let mut usage = BTreeMap::new();
         let mut net = BTreeMap::new();
@@ -80,23 +80,23 @@ impl Monitor {
                 }
             };
             usage.insert(vm.clone(), now);
-            let Some((run, wait)) = last.usage.get(vm).and_then(|before| cpu(*before, now)) else {
+            let (vcpus, scale) = (known.record.spec.vcpus, self.config.capacity.scale);
+            let Some(load) = last.usage.get(vm).and_then(|before| load(vcpus, scale, *before, now)) else {
                 missing.push(format!("usage of {vm}: no earlier reading to compare with"));
                 continue;
             };
-            let load = Load { vcpus: known.record.spec.vcpus, run: run / self.config.capacity.scale, wait };
             let mut past = last.recent.remove(vm).unwrap_or_default();
-            loads.push((load, past.mean_with(load)));
+            judged.push(past.judge(load));
             recent.insert(vm.clone(), past);
             let memory_mib = now.value.memory_bytes >> 20;
             let (state, vm) = (known.state, vm.clone());
             samples.push(VmSample { vm, state, run: 0.0, wait: 0.0, demand: 0.0, memory_mib, net_in, net_out });
         }
-        for (sample, demand) in samples.iter_mut().zip(demands(self.config.capacity.cores, &loads)) {
+        for (sample, demand) in samples.iter_mut().zip(demands(self.config.capacity.cores, &judged)) {
             (sample.run, sample.wait, sample.demand) = (demand.run, demand.wait, demand.demand);
         }
         (last.usage, last.net, last.recent) = (usage, net, recent);
-        let host = self.host_sample(loads.iter().map(|(load, _)| load.run).sum(), &mut missing);
+        let host = self.host_sample(judged.iter().map(|vm| vm.load.run).sum(), &mut missing);
         Observation { at, host, vms: samples, traffic, missing }
     }
 

@@ -12,7 +12,9 @@ mod store;
 use super::cgroup::{GuestGroup, Hierarchies};
 use super::netlink::Netlink;
 use super::{clock, private, proc};
-use crate::hypervisor::{Change, Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Usage, Whereabouts};
+use crate::hypervisor::{
+    Change, Hypervisor, HypervisorError, HypervisorEvent, ImageFiles, MoveStatistics, Scheduled, Usage, Whereabouts,
+};
 use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
 use std::fs::{self, File};
@@ -358,7 +360,8 @@ impl Hypervisor for Sandbox {
         let account = state.accounts.entry(vm.clone()).or_default();
         account.add(tasks);
         let total = account.total;
-        Ok(Usage { run_ns: groups.cpu_ns().unwrap_or(total.run_ns), wait_ns: total.wait_ns, memory_bytes })
+        let scheduled = Some(Scheduled { slices: total.slices, sleeps: total.sleeps });
+        Ok(Usage { run_ns: groups.cpu_ns().unwrap_or(total.run_ns), wait_ns: total.wait_ns, scheduled, memory_bytes })
     }
 
     fn set_memory(&self, vm: &VmId, memory_mib: u64) -> Result<(), HypervisorError> {
@@ -383,14 +386,13 @@ impl Account {
     /// the part after its last reading is lost.
     fn add(&mut self, tasks: HashMap<i32, proc::TaskTime>) {
         for (tid, now) in &tasks {
-            let before = match self.last.get(tid) {
+            let grown = match self.last.get(tid) {
                 // A smaller figure is another thread under a number used again.
-                Some(last) if last.run_ns <= now.run_ns && last.wait_ns <= now.wait_ns => *last,
-                None if !self.begun => *now,
-                _ => proc::TaskTime::default(),
+                Some(last) => now.since(*last).unwrap_or(*now),
+                None if !self.begun => proc::TaskTime::default(),
+                None => *now,
             };
-            self.total.run_ns += now.run_ns - before.run_ns;
-            self.total.wait_ns += now.wait_ns - before.wait_ns;
+            self.total.add(grown);
         }
         self.last = tasks;
         self.begun = true;
