@@ -168,6 +168,12 @@ fn admit(
         ));
     }
     let taken = world.state.environments.iter().map(|(name, known)| (name.clone(), known.stored.spec.network.vni)).collect();
+    let unlisted = |host: &&HostId| world.hosts.get(*host).is_some_and(|known| known.connection.is_some() && !known.listed);
+    if let Some(host) = placement.values().find(unlisted) {
+        return Err(format!(
+            "placement: got host {host}, whose monitor does not tell what runs there (its log says why); want another"
+        ));
+    }
     let mut snapshot = world.snapshot(clock::now(), &shared.config);
     // Where anything may run already.
     snapshot.hosts.retain(|host, _| world.hosts.get(host).is_none_or(|known| known.listed || known.connection.is_none()));

@@ -127,9 +127,10 @@ fn greet(shared: &Shared, hello: Hello, connection: quinn::Connection) {
     let host = hello.host.clone();
     tracing::info!(%host, domain = %hello.domain, driver = %hello.driver, cores = hello.cores, "monitor connected");
     let mut world = shared.world();
-    let before = world
-        .hosts
-        .insert(host.clone(), KnownHost { hello, connection: Some(connection), compared: clock::now(), listed: false });
+    let before = world.hosts.insert(
+        host.clone(),
+        KnownHost { hello, connection: Some(connection), compared: clock::now(), listed: false, unlisted: false },
+    );
     drop(world);
     if let Some(old) = before.and_then(|before| before.connection) {
         old.close(quinn::VarInt::from_u32(0), b"replaced by a newer connection");

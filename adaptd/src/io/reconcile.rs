@@ -76,14 +76,18 @@ async fn compare(shared: &Shared, host: &HostId) {
     let list = match ask(shared, host, &Command::List, SHORT, |_, _| {}).await {
         Ok(Answer::Vms(list)) => list,
         other => {
-            tracing::warn!(%host, "could not list its VMs: {other:?}");
+            // Once: it is asked again and again as long as it is not known what runs there.
+            match shared.world().hosts.get_mut(host).map(|known| std::mem::replace(&mut known.unlisted, true)) {
+                Some(true) => tracing::debug!(%host, "could not list its VMs: {other:?}"),
+                _ => tracing::warn!(%host, "could not list its VMs, and takes none before it has: {other:?}"),
+            }
             return;
         }
     };
     let (commands, undescribed) = settle(shared, host, &list);
     strays::describe(shared, host, undescribed).await;
     if let Some(known) = shared.world().hosts.get_mut(host) {
-        known.listed = true;
+        (known.listed, known.unlisted) = (true, false);
     }
     shared.changed();
     for command in commands {

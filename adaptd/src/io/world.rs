@@ -30,6 +30,8 @@ pub struct KnownHost {
     pub compared: Instant,
     /// Whether it has listed its VMs since it said that: before, anything may run there.
     pub listed: bool,
+    /// Whether it was said that it could not.
+    pub unlisted: bool,
 }
 
 /// A monitor that is refused because another one has its certificate.

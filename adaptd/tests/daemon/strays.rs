@@ -161,3 +161,19 @@ async fn an_environment_starts_after_all_hosts_have_listed_their_vms() {
     let words = asking.await.unwrap().unwrap_err();
     assert!(words.contains("got alpha, but alpha-c1") && words.contains("runs on h2"), "{words}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_does_not_list_its_vms_takes_none() {
+    let mut deployment = Deployment::new("act").await;
+    deployment.hold("h3", "list");
+    deployment.kill();
+    deployment.start();
+    deployment.until("all are back", |deployment| deployment.connected() == 3).await;
+    deployment.until_reached("h3", "list").await;
+
+    let words = deployment.try_up("alpha", &[("c1", "h3")]).await.unwrap_err();
+
+    assert!(words.contains("got host h3, whose monitor does not tell what runs there"), "{words}");
+    deployment.release();
+    deployment.up("alpha", &[("c1", "h3")]).await;
+}
