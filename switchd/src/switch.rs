@@ -13,7 +13,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
-pub use command::{Command, Expecting, Wanted};
+pub use command::{Command, Expecting, Nic, Wanted};
 use contest::Contest;
 
 use crate::counters::PortCounters;
@@ -383,7 +383,7 @@ impl Switch {
     pub fn handle_drain(&mut self) {
         self.tell_all(&Message::Leave);
         for (id, port) in std::mem::take(&mut self.ports) {
-            self.commands.push(Command::Detach { slot: port.slot, id });
+            self.commands.push(Command::Detach { slot: port.slot, id, keep: true });
         }
         self.slots.clear();
         self.dirty = true;

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use support::site::Site;
-use support::{Host, MTU, Namespace, guest, two_hosts, until, vni};
+use support::{Host, MTU, Namespace, guest, nic, two_hosts, until, vni};
 use switchd::io::dataplane::DataPlane;
 use switchd::io::nft::Keeping;
 use switchd::switch::Expecting;
@@ -180,7 +180,7 @@ fn a_switch_leaves_the_guards_of_another_alone() {
     });
     let attach = |number: u16, interface: &str| {
         let kind = PortKind::Packet { interface: interface.into() };
-        a.ns.enter(|| other.attach(PortSlot(number), PortId(number.into()), &kind, MTU, Expecting::Now))
+        a.ns.enter(|| other.attach(PortSlot(number), PortId(number.into()), &kind, nic(MTU), Expecting::Now))
     };
     attach(2, "p2").unwrap();
     let handle = || {

@@ -7,7 +7,7 @@ use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use support::{MTU, guest, two_hosts, until, vni};
+use support::{MTU, guest, nic, two_hosts, until, vni};
 use switchd::drops::DropReason;
 use switchd::io::sys::set_option;
 use switchd::tables::Place;
@@ -58,7 +58,7 @@ fn the_hosts_own_stack_neither_hears_nor_speaks_on_a_packet_port() {
     again.network(vni(5), MTU);
     let (slot, id) = again.packet_port(vni(5), "p1", MTU);
     assert_eq!(slot, port.0);
-    again.ns.enter(|| again.plane().detach(slot, id));
+    again.ns.enter(|| again.plane().detach(slot, id, false));
     assert!(!again.ns.run("nft list tables").contains("violin_p1"));
 }
 
@@ -83,7 +83,7 @@ fn a_vanished_interface_is_no_error_and_is_found_again() {
     until("and is served", || g1.try_run("busybox ping -c 1 -W 1 10.5.0.2").status.success());
 
     a.ns.run("ip link del p1");
-    a.ns.enter(|| a.plane().detach(slot, id));
+    a.ns.enter(|| a.plane().detach(slot, id, false));
     drop(g2);
 }
 
@@ -99,7 +99,7 @@ fn a_port_removed_while_its_interface_vanishes_leaves_no_guard_and_the_next_one_
         a.ns.run("ip link del p1");
         // From at once to when the lost interface has been looked for: the moments differ from round to round.
         std::thread::sleep(Duration::from_millis(round % 12));
-        a.ns.enter(|| a.plane().detach(slot, id));
+        a.ns.enter(|| a.plane().detach(slot, id, false));
 
         assert!(!a.ns.run("nft list tables").contains("violin_p1"), "round {round}: the guard was left behind");
     }
@@ -122,7 +122,7 @@ fn frames_for_an_interface_that_is_still_on_its_way_wait_for_it() {
     a.packet_port(vni(5), "p1", MTU);
     let port = b.announce_port(vni(5), false);
     let kind = violin_common::api::switch::PortKind::Packet { interface: "p1".into() };
-    let missing = b.ns.enter(|| b.plane().attach(port.0, port.1, &kind, MTU, switchd::switch::Expecting::Arrival));
+    let missing = b.ns.enter(|| b.plane().attach(port.0, port.1, &kind, nic(MTU), switchd::switch::Expecting::Arrival));
     assert!(matches!(missing, Err(switchd::io::dataplane::AttachError::NotThere(_))), "{missing:?}");
     // Where the kernel can do it (6.16) the guard is there first: from its first frame on the guest is alone with the switch.
     let ahead = guards_ahead(&b.ns);
@@ -213,7 +213,7 @@ fn a_tap_in_a_namespace_is_a_station() {
     until("iperf3 listens", || g1.run("ss -ltn").contains(":5201"));
     let report = g2.run("iperf3 -c 10.5.0.1 -t 1 -f m");
     println!("{report}");
-    a.plane().detach(port.0, port.1);
+    a.plane().detach(port.0, port.1, false);
     assert!(!g1.run("ip -o link").contains("access"), "a detached TAP is gone");
 }
 

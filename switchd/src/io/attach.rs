@@ -2,7 +2,7 @@
 
 use super::control::Input;
 use super::dataplane::DataPlane;
-use crate::switch::Expecting;
+use crate::switch::{Expecting, Nic};
 use crate::tables::PortSlot;
 use std::io;
 use std::sync::Arc;
@@ -19,8 +19,8 @@ pub struct Attach {
     pub id: PortId,
     /// To what.
     pub kind: PortKind,
-    /// Its network's.
-    pub mtu: u16,
+    /// What an interface made for it is like.
+    pub nic: Nic,
     /// Whether that may come later.
     pub expecting: Expecting,
 }
@@ -31,7 +31,14 @@ pub enum Work {
     /// Attach; answered by [`Input::Attached`].
     Attach(Attach),
     /// Detach, and stop looking for its interface.
-    Detach(PortSlot, PortId),
+    Detach {
+        /// Place.
+        slot: PortSlot,
+        /// Number.
+        id: PortId,
+        /// Whether what was made for it stays.
+        keep: bool,
+    },
     /// Look whether all guards stand.
     Check,
     /// Answer when all that was asked before is done.
@@ -52,8 +59,8 @@ pub fn start(dataplane: Arc<DataPlane>, inputs: tokio::sync::mpsc::UnboundedSend
 fn run(dataplane: &DataPlane, work: &Receiver<Work>, inputs: &tokio::sync::mpsc::UnboundedSender<Input>) {
     while let Ok(work) = work.recv() {
         match work {
-            Work::Attach(Attach { slot, id, kind, mtu, expecting }) => {
-                let result = match dataplane.attach(slot, id, &kind, mtu, expecting) {
+            Work::Attach(Attach { slot, id, kind, nic, expecting }) => {
+                let result = match dataplane.attach(slot, id, &kind, nic, expecting) {
                     Err(error) if error.is_waited_for(expecting) => {
                         tracing::info!(port = %id, "waiting: {error}");
                         dataplane.look_for(slot, id);
@@ -65,7 +72,7 @@ fn run(dataplane: &DataPlane, work: &Receiver<Work>, inputs: &tokio::sync::mpsc:
                     return;
                 }
             }
-            Work::Detach(slot, id) => dataplane.detach(slot, id),
+            Work::Detach { slot, id, keep } => dataplane.detach(slot, id, keep),
             Work::Check => dataplane.check_guards(),
             Work::Flush(done) => drop(done.send(())),
         }

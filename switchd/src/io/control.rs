@@ -237,10 +237,10 @@ impl Actor {
                     self.parts.tables.store(Arc::new(*tables));
                     self.parts.dataplane.wake();
                 }
-                Command::Attach { slot, id, kind, mtu, expecting } => {
-                    let _ = self.parts.attach.send(Work::Attach(Attach { slot, id, kind, mtu, expecting }));
+                Command::Attach { slot, id, kind, nic, expecting } => {
+                    let _ = self.parts.attach.send(Work::Attach(Attach { slot, id, kind, nic, expecting }));
                 }
-                Command::Detach { slot, id } => drop(self.parts.attach.send(Work::Detach(slot, id))),
+                Command::Detach { slot, id, keep } => drop(self.parts.attach.send(Work::Detach { slot, id, keep })),
                 Command::Call(call) => {
                     let (endpoint, events) = (self.parts.endpoint.clone(), self.events.clone());
                     tokio::spawn(async move {

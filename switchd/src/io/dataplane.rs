@@ -6,7 +6,7 @@ use crate::io::nft::{Keeping, Watch};
 use crate::io::ports::{self, Look, Ports};
 use crate::io::pump::{Command, Outside, Pump};
 use crate::io::udp::Mesh;
-use crate::switch::Expecting;
+use crate::switch::{Expecting, Nic};
 use crate::tables::{Forwarding, PortSlot, WorkerEvent};
 use crate::traffic::Traffic;
 use crate::worker::Worker;
@@ -158,12 +158,12 @@ impl DataPlane {
     /// Opens what the port is attached to and hands it to the worker. The port must be in the published tables by then, or
     /// frames for it are refused.
     ///
-    /// `mtu` is the network's. Blocks for some milliseconds (guard), so call it where blocking is allowed. An interface
+    /// Blocks for some milliseconds (guard), so call it where blocking is allowed. An interface
     /// that vanishes later is looked for again until the port is detached. What may come later, by `expecting`, is looked for
     /// from [`Self::look_for`] on; frames for the port wait meanwhile, bounded, while its gate is not closed.
-    pub fn attach(&self, slot: PortSlot, id: PortId, kind: &PortKind, mtu: u16, expecting: Expecting) -> Result<(), AttachError> {
+    pub fn attach(&self, slot: PortSlot, id: PortId, kind: &PortKind, nic: Nic, expecting: Expecting) -> Result<(), AttachError> {
         let mut ports = ports::lock(&self.ports);
-        let io = ports.attach((slot, id), kind, mtu, expecting)?;
+        let io = ports.attach((slot, id), kind, nic, expecting)?;
         self.line.say(Command::Attach(slot, id, io));
         Ok(())
     }
@@ -173,14 +173,15 @@ impl DataPlane {
         let _ = self.look.send(Look::Expected((slot, id)));
     }
 
-    /// Lets go of a port and undoes what attaching did to its interface; an interface that is gone is no error.
-    pub fn detach(&self, slot: PortSlot, id: PortId) {
+    /// Lets go of a port and undoes what attaching did to its interface; an interface that is gone is no error. With `keep`
+    /// an interface that was made for the port stays.
+    pub fn detach(&self, slot: PortSlot, id: PortId, keep: bool) {
         let known = ports::lock(&self.ports).forget((slot, id));
         let (done, finished) = mpsc::channel();
         self.line.say(Command::Detach(slot, id, done));
         let _ = finished.recv_timeout(DETACH);
         if let Some(kind) = known {
-            ports::lock(&self.ports).undo(&kind);
+            ports::lock(&self.ports).undo(&kind, keep);
         }
     }
 

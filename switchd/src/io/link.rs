@@ -1,13 +1,16 @@
-//! Interfaces: index, flags, MTU, addresses, by ioctl in the network namespace of the calling thread.
+//! Interfaces: index, flags, MTU, addresses, alias, in the network namespace of the calling thread.
 #![allow(unsafe_code)]
 
+use super::netlink::{Request, Socket, attribute, text};
 use crate::io::sys::interface_request;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, OwnedFd};
+use violin_common::MacAddr;
 
 const ETHTOOL_GDRVINFO: u32 = 3;
+const LINK_ALIAS: u16 = 20;
 
 fn any_socket() -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
@@ -83,4 +86,40 @@ pub fn driver(name: &str) -> io::Result<String> {
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(String::new()),
         Err(error) => Err(error),
     }
+}
+
+/// Gives it another MAC.
+pub fn set_mac(name: &str, mac: MacAddr) -> io::Result<()> {
+    let fill = |request: &mut libc::ifreq| {
+        let mut address = libc::sockaddr { sa_family: libc::ARPHRD_ETHER, sa_data: [0; 14] };
+        for (place, byte) in address.sa_data.iter_mut().zip(mac.0) {
+            *place = byte as libc::c_char;
+        }
+        request.ifr_ifru.ifru_hwaddr = address;
+    };
+    interface_request(any_socket()?.as_fd(), libc::SIOCSIFHWADDR as _, name, fill).map(|_| ())
+}
+
+/// `ifinfomsg`: family, padding, type, index, flags, change.
+fn link_head(name: &str) -> io::Result<[u8; 16]> {
+    let index = index(name).ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))?;
+    let mut head = [0; 16];
+    head[4..8].copy_from_slice(&index.to_ne_bytes());
+    Ok(head)
+}
+
+/// What it is called besides its name; empty: nothing.
+pub fn alias(name: &str) -> io::Result<String> {
+    let mut request = Request::default();
+    request.message(libc::RTM_GETLINK, 0, &link_head(name)?);
+    let heard = Socket::open(SockProtocol::NetlinkRoute)?.ask(&request)?;
+    let alias = heard.iter().find_map(|link| attribute(link.body.get(16..)?, LINK_ALIAS).map(text));
+    Ok(alias.unwrap_or_default())
+}
+
+/// Gives it another name besides its own.
+pub fn set_alias(name: &str, alias: &str) -> io::Result<()> {
+    let mut request = Request::default();
+    request.message(libc::RTM_SETLINK, libc::NLM_F_ACK, &link_head(name)?).name(LINK_ALIAS, alias);
+    Socket::open(SockProtocol::NetlinkRoute)?.ask(&request).map(|_| ())
 }

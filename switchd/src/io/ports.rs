@@ -10,7 +10,7 @@ use crate::io::needs::Needs;
 use crate::io::nft::{Keeping, Watch};
 use crate::io::pump::Command;
 use crate::port::{self, AttachError, PortIo};
-use crate::switch::Expecting;
+use crate::switch::{Expecting, Nic};
 use crate::tables::{Forwarding, PortSlot, WorkerEvent};
 use arc_swap::ArcSwap;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -52,7 +52,7 @@ pub(crate) enum Look {
 #[derive(Debug)]
 struct Entry {
     kind: PortKind,
-    mtu: u16,
+    nic: Nic,
     expecting: Expecting,
     condition: PortCondition,
     /// What it waits for, or why.
@@ -129,7 +129,7 @@ impl Ports {
 
     /// Opens a port. The first time an interface that is `expected` is not there, the guard is put in place ahead of it where
     /// the kernel can do that: it saves the time when the guest arrives, and leaves no moment unguarded.
-    fn open(&mut self, kind: &PortKind, mtu: u16, expected: bool) -> Result<Box<dyn PortIo>, AttachError> {
+    fn open(&mut self, kind: &PortKind, nic: Nic, expected: bool) -> Result<Box<dyn PortIo>, AttachError> {
         if let PortKind::Packet { interface } = kind
             && link::index(interface).is_some()
             && let Err(needed) = self.must_be_free(interface)
@@ -138,7 +138,7 @@ impl Ports {
             self.guards.open(interface);
             return Err(needed);
         }
-        let opened = port::open(kind, mtu, &mut self.guards);
+        let opened = port::open(kind, nic, &mut self.guards);
         if let (true, Err(AttachError::NotThere(_)), PortKind::Packet { interface }) = (expected, &opened, kind) {
             self.guards.ahead(interface);
         }
@@ -150,15 +150,15 @@ impl Ports {
         &mut self,
         key: Key,
         kind: &PortKind,
-        mtu: u16,
+        nic: Nic,
         expecting: Expecting,
     ) -> Result<Box<dyn PortIo>, AttachError> {
-        let opened = self.open(kind, mtu, expecting == Expecting::Arrival);
+        let opened = self.open(kind, nic, expecting == Expecting::Arrival);
         let waits = opened.as_ref().is_err_and(|error| error.is_waited_for(expecting));
         if waits || !matches!(opened, Err(AttachError::NotThere(_) | AttachError::BadName(_) | AttachError::Needed { .. })) {
             let mut entry = Entry {
                 kind: kind.clone(),
-                mtu,
+                nic,
                 expecting,
                 condition: PortCondition::Waiting,
                 what: None,
@@ -177,8 +177,8 @@ impl Ports {
         self.entries.remove(&key).map(|entry| entry.kind)
     }
 
-    pub(crate) fn undo(&mut self, kind: &PortKind) {
-        port::undo(kind, &mut self.guards);
+    pub(crate) fn undo(&mut self, kind: &PortKind, keep: bool) {
+        port::undo(kind, keep, &mut self.guards);
     }
 
     /// How each port is.
@@ -307,8 +307,8 @@ impl Looking {
     fn look(&mut self, line: &Line, ports: &Mutex<Ports>) -> bool {
         let (key, mut ports) = (self.key, lock(ports));
         let Some(entry) = ports.entries.get(&key) else { return false };
-        let (kind, mtu, expecting) = (entry.kind.clone(), entry.mtu, entry.expecting);
-        let opened = ports.open(&kind, mtu, self.lost || expecting == Expecting::Arrival);
+        let (kind, nic, expecting) = (entry.kind.clone(), entry.nic, entry.expecting);
+        let opened = ports.open(&kind, nic, self.lost || expecting == Expecting::Arrival);
         if let Some(entry) = ports.entries.get_mut(&key) {
             entry.opened(opened.as_ref().map(|_| ()));
         }

@@ -7,7 +7,7 @@ pub mod vxlan;
 use crate::drops::DropReason;
 use crate::io::guard::Guards;
 use crate::io::sys::Batch;
-use crate::switch::Expecting;
+use crate::switch::{Expecting, Nic};
 use crate::virtio::Offload;
 use std::fmt;
 use std::io;
@@ -37,6 +37,14 @@ pub enum AttachError {
         /// Which.
         interface: String,
         /// What for.
+        why: String,
+    },
+    /// An interface of that name is there and is not the port's to take.
+    #[error("interface {interface} is there and {why}: remove it, or give the port another name")]
+    Taken {
+        /// Which.
+        interface: String,
+        /// What it is.
         why: String,
     },
     /// The interface could not be closed to the host's own network stack, so it was left alone.
@@ -126,19 +134,21 @@ pub trait PortIo: Send + fmt::Debug {
     }
 }
 
-/// Opens what a port is attached to, guard first. `mtu` is the network's.
-pub fn open(kind: &PortKind, mtu: u16, guards: &mut Guards) -> Result<Box<dyn PortIo>, AttachError> {
+/// Opens what a port is attached to, guard first.
+pub fn open(kind: &PortKind, nic: Nic, guards: &mut Guards) -> Result<Box<dyn PortIo>, AttachError> {
     Ok(match kind {
         PortKind::Packet { interface } => Box::new(packet::Packet::open(interface, guards)?),
-        PortKind::Tap { interface, netns } => Box::new(tap::Tap::open(interface, netns.as_deref(), mtu)?),
-        PortKind::Vxlan { local, remote, remote_vni } => Box::new(vxlan::Vxlan::open(*local, *remote, *remote_vni, mtu)?),
+        PortKind::Tap { interface, netns } => Box::new(tap::Tap::open(interface, netns.as_deref(), nic)?),
+        PortKind::Vxlan { local, remote, remote_vni } => Box::new(vxlan::Vxlan::open(*local, *remote, *remote_vni, nic.mtu)?),
     })
 }
 
-/// Undoes what [`open`] did to interfaces; to be called after the port was dropped.
-pub fn undo(kind: &PortKind, guards: &mut Guards) {
-    if let PortKind::Packet { interface } = kind {
-        guards.open(interface);
+/// Undoes what [`open`] did to interfaces; to be called after the port was dropped. With `keep` a TAP stays.
+pub fn undo(kind: &PortKind, keep: bool, guards: &mut Guards) {
+    match kind {
+        PortKind::Packet { interface } => guards.open(interface),
+        PortKind::Tap { interface, netns } if !keep => tap::remove(interface, netns.as_deref()),
+        PortKind::Tap { .. } | PortKind::Vxlan { .. } => {}
     }
 }
 

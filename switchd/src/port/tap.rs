@@ -1,8 +1,12 @@
-//! `tap`: an interface the switch creates and holds; its other side lies in some network namespace.
+//! `tap`: an interface the switch makes and holds; its other side lies in some network namespace.
+//!
+//! It outlives the switch, so that a restart costs its users neither bridge membership, addresses and routes nor its MAC: the
+//! next one takes it up. It goes with its port.
 
 use super::{AttachError, HEADROOM, PortIo, ReadError, WriteError, write_error};
 use crate::io::link;
 use crate::io::sys::{self, Batch, Received};
+use crate::switch::Nic;
 use crate::virtio::{self, Offload};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::uio::{readv, writev};
@@ -10,6 +14,7 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use violin_common::Vni;
 
 /// CSUM, TSO4, TSO6, TSO_ECN, USO4, USO6; then without USO (before Linux 6.2), without ECN, without anything.
 const OFFLOADS: [libc::c_ulong; 4] = [0x6f, 0x0f, 0x07, 0];
@@ -31,51 +36,112 @@ fn identity(metadata: &Metadata) -> Identity {
     (metadata.dev(), metadata.ino())
 }
 
+/// Does something in a network namespace, or in this one, on a thread that ends with it.
+fn inside<T: Send>(
+    netns: Option<&str>,
+    work: impl FnOnce() -> Result<T, AttachError> + Send,
+) -> Result<(T, Option<(String, Identity)>), AttachError> {
+    let Some(path) = netns else { return Ok((work()?, None)) };
+    let not_there = || AttachError::NotThere(format!("network namespace {path}"));
+    let namespace = File::open(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => not_there(),
+        _ => AttachError::io(format!("open network namespace {path}"))(error),
+    })?;
+    let at = namespace.metadata().map_err(AttachError::io(format!("look at network namespace {path}")))?;
+    // Only this short-lived thread enters the namespace; the descriptor works from anywhere.
+    std::thread::scope(|scope| {
+        let doing = scope.spawn(|| {
+            setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(|error| match error {
+                // A file of that name that is none yet: `ip netns add` makes it in two steps.
+                nix::Error::EINVAL => not_there(),
+                error => AttachError::io(format!("enter network namespace {path}"))(error),
+            })?;
+            work()
+        });
+        let done = doing.join().unwrap_or_else(|_| Err(not_there()))?;
+        Ok((done, Some((path.to_owned(), identity(&at)))))
+    })
+}
+
+/// What a TAP that a switch made for a network is called besides its name (`ip link` shows it as alias).
+fn alias(vni: Vni) -> String {
+    format!("{MADE} {vni}")
+}
+
+const MADE: &str = "violin switchd: network";
+
+fn made_by_a_switch(interface: &str) -> bool {
+    link::alias(interface).is_ok_and(|alias| alias.starts_with(MADE))
+}
+
+/// Takes the TAP of that name, which is made if there is none.
+fn take(interface: &str) -> Result<File, AttachError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")
+        .map_err(AttachError::io("open /dev/net/tun"))?;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let taken = sys::interface_request(file.as_fd(), libc::TUNSETIFF as _, interface, |request| {
+        request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    });
+    let refused = |why: &str| AttachError::Taken { interface: interface.into(), why: why.into() };
+    match taken.map_err(|error| (error.raw_os_error(), error)) {
+        Ok(_) => Ok(file),
+        Err((Some(libc::EBUSY), _)) => Err(refused("another program holds it")),
+        Err((Some(libc::EINVAL), _)) if link::index(interface).is_some() => Err(refused("is no TAP with one queue")),
+        Err((_, error)) => Err(AttachError::io(format!("create TAP {interface}"))(error)),
+    }
+}
+
+/// Removes a TAP that a switch made. One that its operator made stays, and one that is gone is no error.
+pub fn remove(interface: &str, netns: Option<&str>) {
+    let removed = inside(netns, || {
+        if !made_by_a_switch(interface) {
+            return Ok(());
+        }
+        let file = take(interface)?;
+        sys::number_request(file.as_fd(), libc::TUNSETPERSIST as _, 0).map_err(AttachError::io(format!("remove TAP {interface}")))
+    });
+    match removed {
+        Ok(_) | Err(AttachError::NotThere(_)) => {}
+        Err(error) => tracing::warn!(interface, %error, "the TAP stays"),
+    }
+}
+
 impl Tap {
-    /// Creates the TAP in the given (or this) namespace, with the network's MTU, and sets it up.
-    pub fn open(interface: &str, netns: Option<&str>, mtu: u16) -> Result<Self, AttachError> {
+    /// Takes up the TAP in the given (or this) namespace that an earlier switch or its operator left there, as it is, with
+    /// the bridge it belongs to and its addresses; makes one that stays, if there is none. Then gives it the network's MTU
+    /// and sets it up.
+    pub fn open(interface: &str, netns: Option<&str>, nic: Nic) -> Result<Self, AttachError> {
         if !violin_common::is_interface_name(interface) {
             return Err(AttachError::BadName(interface.into()));
         }
-        let Some(path) = netns else { return Self::create(interface, mtu) };
-        let not_there = || AttachError::NotThere(format!("network namespace {path}"));
-        let namespace = File::open(path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => not_there(),
-            _ => AttachError::io(format!("open network namespace {path}"))(error),
-        })?;
-        let at = namespace.metadata().map_err(AttachError::io(format!("look at network namespace {path}")))?;
-        // Only this short-lived thread enters the namespace; the descriptor works from anywhere.
-        std::thread::scope(|scope| {
-            let made = scope.spawn(|| {
-                setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(|error| match error {
-                    // A file of that name that is none yet: `ip netns add` makes it in two steps.
-                    nix::Error::EINVAL => not_there(),
-                    error => AttachError::io(format!("enter network namespace {path}"))(error),
-                })?;
-                Self::create(interface, mtu)
-            });
-            let tap = made.join().unwrap_or_else(|_| Err(AttachError::no_interface(interface)))?;
-            Ok(Self { netns: Some((path.to_owned(), identity(&at))), ..tap })
-        })
+        let (file, netns) = inside(netns, || Self::open_here(interface, nic))?;
+        Ok(Self { file, netns })
     }
 
-    fn create(interface: &str, mtu: u16) -> Result<Self, AttachError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open("/dev/net/tun")
-            .map_err(AttachError::io("open /dev/net/tun"))?;
-        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-        sys::interface_request(file.as_fd(), libc::TUNSETIFF as _, interface, |request| {
-            request.ifr_ifru.ifru_flags = flags as libc::c_short;
-        })
-        .map_err(AttachError::io(format!("create TAP {interface}")))?;
+    fn open_here(interface: &str, nic: Nic) -> Result<File, AttachError> {
+        let mut there = link::index(interface).is_some();
+        if there && made_by_a_switch(interface) && link::alias(interface).is_ok_and(|is| is != alias(nic.vni)) {
+            // It was another network's: whoever was attached to that is not to find himself in this one.
+            tracing::info!(interface, vni = %nic.vni, "a TAP made for another network is made anew");
+            remove(interface, None);
+            there = false;
+        }
+        let file = take(interface)?;
+        let failed = |what: &str| format!("{what} {interface}");
+        if !there {
+            link::set_mac(interface, nic.mac).map_err(AttachError::io(failed("set the MAC of")))?;
+            link::set_alias(interface, &alias(nic.vni)).map_err(AttachError::io(failed("set the alias of")))?;
+            sys::number_request(file.as_fd(), libc::TUNSETPERSIST as _, 1).map_err(AttachError::io(failed("make to stay")))?;
+        }
         let offered = OFFLOADS.iter().find(|&&mask| sys::number_request(file.as_fd(), libc::TUNSETOFFLOAD as _, mask).is_ok());
-        tracing::debug!(interface, ?offered, "TAP offloads");
-        link::set_mtu(interface, mtu.into()).map_err(AttachError::io(format!("set the MTU of {interface}")))?;
-        link::set_up(interface).map_err(AttachError::io(format!("set {interface} up")))?;
-        Ok(Self { file, netns: None })
+        tracing::debug!(interface, there, ?offered, "TAP");
+        link::set_mtu(interface, nic.mtu.into()).map_err(AttachError::io(failed("set the MTU of")))?;
+        link::set_up(interface).map_err(AttachError::io(failed("set up")))?;
+        Ok(file)
     }
 }
 

@@ -3,10 +3,11 @@
 use super::Ticket;
 use crate::members::{Call, LinkId};
 use crate::tables::{Forwarding, PortSlot};
+use sha2::{Digest, Sha256};
 use std::net::SocketAddr;
 use violin_common::api::switch::{NetworkSpec, PortKind, PortSpec, SwitchReply};
 use violin_common::control::mesh::Message;
-use violin_common::{PortId, Vni};
+use violin_common::{HostId, MacAddr, PortId, Vni};
 
 /// Whether what a port is attached to may come later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +18,29 @@ pub enum Expecting {
     Later,
     /// Likewise, and the guest behind it is on its way: what it sends meanwhile waits.
     Arrival,
+}
+
+/// What an interface is like that a port is attached to, where that is the switch's to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Nic {
+    /// Its network.
+    pub vni: Vni,
+    /// That network's MTU.
+    pub mtu: u16,
+    /// Its own address.
+    pub mac: MacAddr,
+}
+
+impl Nic {
+    /// The interface of that name of that host: its address is the same at each start, and no other's.
+    pub fn new(host: &HostId, vni: Vni, mtu: u16, interface: &str) -> Self {
+        let digest = Sha256::digest(format!("violin {host} {vni} {interface}"));
+        let mut mac = [0; 6];
+        mac.copy_from_slice(&digest[..6]);
+        // Locally administered, of one station (IEEE 802-2014 8.4).
+        mac[0] = mac[0] & 0xfc | 2;
+        Self { vni, mtu, mac: MacAddr(mac) }
+    }
 }
 
 /// What the world has to do, in this order.
@@ -32,8 +56,8 @@ pub enum Command {
         id: PortId,
         /// To what.
         kind: PortKind,
-        /// Its network's.
-        mtu: u16,
+        /// What an interface made for it is like.
+        nic: Nic,
         /// Whether that may come later.
         expecting: Expecting,
     },
@@ -43,6 +67,8 @@ pub enum Command {
         slot: PortSlot,
         /// Number.
         id: PortId,
+        /// Whether what was made for it stays, for the next switch to take up.
+        keep: bool,
     },
     /// Call somebody; answered by [`super::Switch::handle_called`], and [`super::Switch::handle_connected`] on success.
     Call(Call),
@@ -89,4 +115,20 @@ pub struct Wanted {
     pub ports: Vec<PortSpec>,
     /// Addresses of known members.
     pub join: Vec<SocketAddr>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_of_an_interface_is_its_own_and_stays() {
+        let nic = |host: &str, vni, interface| Nic::new(&host.parse().unwrap(), Vni::new(vni).unwrap(), 1400, interface).mac;
+
+        // Frozen: a change would give every TAP of every host another address at its next start.
+        assert_eq!(nic("h1", 5, "t5").to_string(), "6e:d1:05:4f:d3:1d");
+        let all = [nic("h1", 5, "t5"), nic("h2", 5, "t5"), nic("h1", 6, "t5"), nic("h1", 5, "t6")];
+        assert_eq!(all.iter().collect::<std::collections::BTreeSet<_>>().len(), 4);
+        assert!(all.iter().all(|mac| mac.0[0] & 3 == 2), "{all:?}");
+    }
 }

@@ -1,5 +1,6 @@
 //! What operators and monitors ask.
 
+use super::command::Nic;
 use super::{Command, Expecting, Net, PortState, Switch, Ticket, WAIT, Waiter, Wanted};
 use crate::moves::{Key, Until};
 use crate::tables::{Place, PortSlot};
@@ -10,6 +11,15 @@ use violin_common::api::switch::{
 use violin_common::control::mesh::Message;
 use violin_common::id::INTERFACE_NAME;
 use violin_common::{HostId, Instant, MacAddr, PortId, Vni, is_interface_name};
+
+/// The interface a port is attached to, and the network namespace where that is not the switch's.
+fn interface(kind: &PortKind) -> Option<(&str, Option<&str>)> {
+    match kind {
+        PortKind::Packet { interface } => Some((interface, None)),
+        PortKind::Tap { interface, netns } => Some((interface, netns.as_deref())),
+        PortKind::Vxlan { .. } => None,
+    }
+}
 
 impl Switch {
     /// A request came; [`Command::Answer`] carries its answer, now or later. Counters, traffic and the conditions of ports
@@ -181,24 +191,21 @@ impl Switch {
         }
         self.flush_place(Place::Port(slot));
         self.dirty = true;
-        self.commands.push(Command::Attach { slot, id, kind: spec.kind.clone(), mtu, expecting });
+        let (interface, _) = interface(&spec.kind).unwrap_or_default();
+        let nic = Nic::new(&self.nature.host, spec.vni, mtu, interface);
+        self.commands.push(Command::Attach { slot, id, kind: spec.kind.clone(), nic, expecting });
         self.ports.insert(id, PortState { slot, spec, traffic: Arc::default(), ticket });
         Ok(None)
     }
 
     fn check_port(&self, spec: &PortSpec) -> Result<(), String> {
-        let name = |kind: &PortKind| match kind {
-            PortKind::Packet { interface } => Some((interface.clone(), None)),
-            PortKind::Tap { interface, netns } => Some((interface.clone(), netns.clone())),
-            PortKind::Vxlan { .. } => None,
-        };
-        if let Some((interface, netns)) = name(&spec.kind) {
-            if !is_interface_name(&interface) {
-                return Err(format!("got interface {interface:?}, want {INTERFACE_NAME}"));
+        if let Some(place @ (name, _)) = interface(&spec.kind) {
+            if !is_interface_name(name) {
+                return Err(format!("got interface {name:?}, want {INTERFACE_NAME}"));
             }
-            let taken = self.ports.iter().find(|(_, port)| name(&port.spec.kind) == Some((interface.clone(), netns.clone())));
+            let taken = self.ports.iter().find(|(_, port)| interface(&port.spec.kind) == Some(place));
             if let Some((id, _)) = taken {
-                return Err(format!("got interface {interface} for a second port, but port {id} has it: remove that first"));
+                return Err(format!("got interface {name} for a second port, but port {id} has it: remove that first"));
             }
         }
         if let Some(owned) = &spec.owned
@@ -235,7 +242,7 @@ impl Switch {
         }
         self.forget_stations(|slot| slot == port.slot);
         self.dirty = true;
-        self.commands.push(Command::Detach { slot: port.slot, id });
+        self.commands.push(Command::Detach { slot: port.slot, id, keep: false });
         if let Some(ticket) = port.ticket {
             let reply = Err("the port was removed before it was attached".into());
             self.commands.push(Command::Answer { ticket, reply });

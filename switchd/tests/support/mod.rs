@@ -17,7 +17,7 @@ use switchd::counters::Counters;
 use switchd::fdb::Fdb;
 use switchd::io::dataplane::{DataPlane, QuicDatagram};
 use switchd::io::nft::Keeping;
-use switchd::switch::Expecting;
+use switchd::switch::{Expecting, Nic};
 use switchd::tables::{Forwarding, Gate, Network, Peer, PeerSlot, Port, PortSlot, SourceRule, WorkerEvent};
 use tokio::sync::mpsc;
 use violin_common::api::switch::{PortConditionSeen, PortKind};
@@ -28,6 +28,11 @@ pub const MESH: u16 = 7471;
 
 pub fn vni(value: u32) -> Vni {
     Vni::new(value).unwrap()
+}
+
+/// An interface with that MTU.
+pub fn nic(mtu: u16) -> Nic {
+    Nic::new(&"h1".parse().unwrap(), vni(5), mtu, "t5")
 }
 
 /// Runs a command to its end; panics with its output when it fails.
@@ -218,7 +223,7 @@ impl Host {
     }
 
     pub fn attach(&self, (slot, id): (PortSlot, PortId), kind: &PortKind, mtu: u16) {
-        self.ns.enter(|| self.plane().attach(slot, id, kind, mtu, Expecting::Now).unwrap());
+        self.ns.enter(|| self.plane().attach(slot, id, kind, nic(mtu), Expecting::Now).unwrap());
     }
 
     /// A port on an interface of this host.
