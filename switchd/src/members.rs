@@ -100,14 +100,16 @@ pub struct Member {
     rivals: Rivals,
     /// It refused us after both HELLOs: what looks like a connection is none until it says more.
     refused: Option<Trouble>,
+    /// Networks that have another MTU there, as was seen on its last connection.
+    mtus: Option<Trouble>,
 }
 
 impl Member {
     fn new(address: SocketAddr, dial: Dial) -> Self {
         let traffic = Arc::default();
-        let (domain, slot, link, boot, lost, refused) = (None, None, None, None, None, None);
+        let (domain, slot, link, boot, lost, refused, mtus) = (None, None, None, None, None, None, None);
         let (rivals, same_boot) = (Rivals::default(), false);
-        Self { domain, address, slot, link, traffic, boot, same_boot, dial, lost, rivals, refused }
+        Self { domain, address, slot, link, traffic, boot, same_boot, dial, lost, rivals, refused, mtus }
     }
 }
 
@@ -143,6 +145,8 @@ pub struct Link {
     pub hello: Option<Hello>,
     /// Networks it carries now.
     pub networks: BTreeSet<Vni>,
+    /// Their MTUs, where it told.
+    pub mtus: BTreeMap<Vni, u16>,
     called: bool,
 }
 
@@ -235,9 +239,9 @@ impl Members {
 
     /// A connection stands; `index` is what we will tell the peer. HELLOs follow.
     pub fn connected(&mut self, link: LinkId, host: HostId, domain: DomainId, ends: Ends, called: bool, index: u32) {
-        let networks = BTreeSet::new();
+        let (networks, mtus) = Default::default();
         let Ends { theirs: address, ours } = ends;
-        self.links.insert(link, Link { host, domain, address, ours, index, hello: None, networks, called });
+        self.links.insert(link, Link { host, domain, address, ours, index, hello: None, networks, mtus, called });
     }
 
     /// The peer's HELLO has come.
@@ -409,6 +413,7 @@ impl Members {
         let added = new.difference(&link.networks).copied().collect();
         let removed = link.networks.difference(&new).copied().collect();
         link.networks = new;
+        link.mtus.retain(|vni, _| link.networks.contains(vni));
         (added, removed)
     }
 

@@ -7,6 +7,7 @@
 mod command;
 mod contest;
 mod heard;
+mod mtus;
 mod peers;
 mod requests;
 mod tables;
@@ -121,6 +122,8 @@ pub struct Switch {
     random: u64,
     /// Callers whose place somebody else has, until that one answers or is gone.
     contests: BTreeMap<LinkId, Contest>,
+    /// Whose MTUs the log has told of lately.
+    mtus_said: Vec<(HostId, Instant)>,
     commands: Vec<Command>,
 }
 
@@ -145,6 +148,7 @@ impl Switch {
             announcements: ANNOUNCEMENTS,
             random: seed,
             contests: BTreeMap::new(),
+            mtus_said: Vec::new(),
             commands: Vec::new(),
         }
     }
@@ -155,6 +159,7 @@ impl Switch {
         self.answer_waiters(now);
         let mut commands = Vec::new();
         if std::mem::take(&mut self.dirty) {
+            self.compare_mtus(now);
             commands.push(Command::Publish(Box::new(self.forwarding())));
         }
         commands.append(&mut self.commands);
@@ -255,7 +260,7 @@ impl Switch {
         let hello = Hello {
             oldest: OLDEST,
             newest: PROTOCOL,
-            features: feature::FORGET,
+            features: feature::FORGET | feature::MTUS,
             host: self.nature.host.clone(),
             domain: self.nature.domain.clone(),
             boot: self.nature.boot,

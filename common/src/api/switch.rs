@@ -282,6 +282,8 @@ pub enum TroubleKind {
     Refused,
     /// A second switch with the same certificate is refused.
     Twin,
+    /// Networks have another MTU there.
+    Mtu,
 }
 
 /// What is wrong with a peer.

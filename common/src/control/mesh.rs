@@ -20,6 +20,8 @@ pub mod feature {
     pub const HOLD: u64 = 1;
     /// Understands [`super::Message::Forgotten`]; to others it is not sent.
     pub const FORGET: u64 = 2;
+    /// Understands [`super::Message::Mtus`]; to others it is not sent.
+    pub const MTUS: u64 = 4;
 }
 
 /// First message of either end.
@@ -165,6 +167,8 @@ pub enum Message {
         /// Outer VLAN identifier and address of each.
         stations: Vec<(u16, MacAddr)>,
     },
+    /// MTUs of networks the sender carries: of some, or of one that has changed. Only for peers with [`feature::MTUS`].
+    Mtus(Vec<(Vni, u16)>),
 }
 
 #[cfg(test)]
@@ -178,7 +182,7 @@ mod tests {
         let mac = b"\x1102:00:00:00:00:01";
         let owned_bytes = [&[5][..], mac, &[1, 1]].concat();
         let forgotten = Message::Forgotten { vni: Vni::new(5).unwrap(), stations: vec![(300, MacAddr([2, 0, 0, 0, 0, 1]))] };
-        let cases: [(Message, Vec<u8>); 7] = [
+        let cases: [(Message, Vec<u8>); 8] = [
             (Message::Networks(vec![Vni::new(300).unwrap()]), vec![2, 1, 0xac, 2]),
             (Message::Owned { all: true, macs: vec![owned] }, [&[3, 1, 1][..], &owned_bytes].concat()),
             (Message::Disowned(owned), [&[4][..], &owned_bytes].concat()),
@@ -186,6 +190,7 @@ mod tests {
             (Message::Move { owned, step: Step::Hold { lease_ms: 500 } }, [&[7][..], &owned_bytes, &[7, 0xf4, 3]].concat()),
             (Message::Leave, vec![8]),
             (forgotten, [&[9, 5, 1, 0xac, 2][..], mac].concat()),
+            (Message::Mtus(vec![(Vni::new(5).unwrap(), 1400)]), vec![10, 1, 5, 0xf8, 0x0a]),
         ];
         for (message, bytes) in cases {
             assert_eq!(postcard::to_stdvec(&message).unwrap(), bytes, "{message:?}");

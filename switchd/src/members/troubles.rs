@@ -3,7 +3,7 @@
 use super::{Call, Dial, LinkId, Member, Members};
 use std::net::SocketAddr;
 use violin_common::api::switch::{PeerTrouble, TroubleKind};
-use violin_common::{HostId, Instant};
+use violin_common::{HostId, Instant, Vni};
 
 /// What became of a call or a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub enum Told {
     Refuses(String),
     /// We refuse the other end, in ours.
     Refused(String),
+    /// Networks have another MTU there; which, in words.
+    Mtu(String),
 }
 
 impl Told {
@@ -24,6 +26,7 @@ impl Told {
             Self::NoAnswer(_) => TroubleKind::NoAnswer,
             Self::Lost => TroubleKind::Lost,
             Self::Refuses(_) | Self::Refused(_) => TroubleKind::Refused,
+            Self::Mtu(_) => TroubleKind::Mtu,
         }
     }
 
@@ -35,6 +38,9 @@ impl Told {
             Self::Lost => "the connection was lost; it is called again".into(),
             Self::Refuses(why) => format!("it refuses us: {why}"),
             Self::Refused(why) => format!("we refuse it: {why}"),
+            Self::Mtu(which) => {
+                format!("{which}: want the same `mtu` at both ends, or what the one takes for too big the other sends")
+            }
         }
     }
 }
@@ -91,6 +97,7 @@ impl Member {
         if never {
             troubles.push(PeerTrouble { kind: TroubleKind::NoAnswer, why: "it is being called".into(), for_s: 0 });
         }
+        troubles.extend(self.mtus.as_ref().filter(|_| self.is_connected()).map(|trouble| trouble.seen(now)));
         troubles.extend(self.rivals.recent(now).map(|(_, since, why)| PeerTrouble {
             kind: TroubleKind::Twin,
             why,
@@ -142,6 +149,26 @@ impl Members {
     /// The peer says more than HELLO: it has taken us. Returns whether it had refused us before.
     pub fn welcomed(&mut self, host: &HostId) -> bool {
         self.hosts.get_mut(host).is_some_and(|member| member.refused.take().is_some())
+    }
+
+    /// A connected peer has told MTUs, of networks it carries.
+    pub fn mtus(&mut self, id: LinkId, told: Vec<(Vni, u16)>) {
+        if let Some(link) = self.links.get_mut(&id) {
+            let carried = told.into_iter().filter(|(vni, _)| link.networks.contains(vni));
+            link.mtus.extend(carried.collect::<Vec<_>>());
+        }
+    }
+
+    /// Networks of a peer have another MTU there, in words; or none has. Returns whether that is news.
+    pub fn mtus_differ(&mut self, now: Instant, host: &HostId, which: Option<String>) -> bool {
+        let Some(member) = self.hosts.get_mut(host) else { return false };
+        match which {
+            Some(which) => Trouble::goes_on(&mut member.mtus, now, Told::Mtu(which)),
+            None => {
+                member.mtus = None;
+                false
+            }
+        }
     }
 
     /// Whether the peer refused us lately: then its HELLO alone means nothing.

@@ -66,6 +66,7 @@ impl Switch {
                 self.flush_owned((owned.vni, owned.mac));
                 self.dirty = true;
             }
+            Message::Mtus(mtus) => self.mtus_heard(id, mtus),
             Message::Forgotten { vni, stations } => self.forgotten(id, vni, &stations.into_iter().collect()),
             Message::Leave => {
                 tracing::info!(peer = %from, "peer left");
@@ -120,6 +121,7 @@ impl Switch {
         }
         let networks = self.members.link(id).map(|link| link.networks.clone()).unwrap_or_default();
         self.tell_owned(id, true, &|vni| networks.contains(&vni));
+        self.tell_mtus(id);
         self.moves.peer_up(now, &host);
         Ok(())
     }

@@ -126,12 +126,14 @@ impl Switch {
                     spec.mtu, spec.vni, known.spec.mtu
                 ));
             }
-            Some(known) => known.spec = spec,
+            Some(known) if known.spec == spec => return Ok(()),
+            Some(known) => known.spec = spec.clone(),
             None => {
-                self.networks.insert(spec.vni, Net { spec, fdb: Arc::default() });
+                self.networks.insert(spec.vni, Net { spec: spec.clone(), fdb: Arc::default() });
                 self.announce_networks();
             }
         }
+        self.announce_mtu(spec.vni, spec.mtu);
         self.dirty = true;
         Ok(())
     }

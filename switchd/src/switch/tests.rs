@@ -1,6 +1,7 @@
 //! Two and three switches side by side, their commands carried out by hand.
 
 mod contest;
+mod mtus;
 
 use super::*;
 use crate::members::LIMIT;

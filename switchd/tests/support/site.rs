@@ -81,6 +81,11 @@ impl Site {
         site
     }
 
+    /// Name of the namespace with the bridge (`bridge0`) between the hosts.
+    pub fn underlay(&self) -> &str {
+        &self._underlay.0
+    }
+
     pub fn socket(&self, number: usize) -> PathBuf {
         self.directory.path().join(format!("h{number}.sock"))
     }
