@@ -92,6 +92,8 @@ pub struct Scheduled {
     pub slices: u64,
     /// Times they left it of themselves, to sleep.
     pub sleeps: u64,
+    /// How many ran or were ready to, at the moment of the reading.
+    pub ready: u64,
 }
 
 /// How a move ended at the source.

@@ -34,6 +34,7 @@ pub fn bursts(before: At<Usage>, now: At<Usage>) -> Option<Bursts> {
         ran: Duration::from_nanos(now.value.run_ns.checked_sub(before.value.run_ns)?),
         slices: is.slices.checked_sub(was.slices)?,
         sleeps: is.sleeps.checked_sub(was.sleeps)?,
+        ready: is.ready.min(was.ready),
     })
 }
 

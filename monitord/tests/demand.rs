@@ -4,7 +4,7 @@
 mod world;
 
 use monitord::demand::{Demand, Load, Recent, demands};
-use monitord::hypervisor::Hypervisor;
+use monitord::hypervisor::{Hypervisor, Usage};
 use monitord::io::clock;
 use monitord::io::netlink::inside;
 use monitord::io::sandbox::Sandbox;
@@ -63,9 +63,22 @@ impl FullHost {
             world.attach("h1", &interface);
             driver.start(spec, &interface, None).unwrap();
         }
-        // Not before: behind it starting takes seconds.
-        world.group("h1").clone().with_period(shape.quota_period).set_quota(Some(shape.cores * shape.scale)).unwrap();
         Self { driver, specs, world, shape }
+    }
+
+    /// Waits until all programs are past their start: each woke some times, or computed for longer than any start takes.
+    fn await_programs(&self) {
+        let at_work = |usage: Usage| usage.run_ns > 500_000_000 || usage.scheduled.is_some_and(|by| by.sleeps > 100);
+        for spec in &self.specs {
+            until("the guest's program runs", Duration::from_secs(60), || at_work(self.driver.usage(&spec.vm).unwrap()));
+        }
+    }
+
+    /// Puts the guests behind the quota. Not before their programs are past their start: behind it that takes seconds, in
+    /// which one that will merely wake computes.
+    fn limit(&self) {
+        let Shape { cores, scale, quota_period, .. } = self.shape;
+        self.world.group("h1").clone().with_period(quota_period).set_quota(Some(cores * scale)).unwrap();
     }
 
     /// Loads and demands of some periods, found as the daemon finds them.
@@ -83,7 +96,7 @@ impl FullHost {
             let demands = demands(self.shape.cores, &judged);
             let seen: Vec<_> = judged.into_iter().map(|vm| vm.load).zip(demands).collect();
             for (load, demand) in &seen {
-                println!("run {:.3} wait {:.3} demand {:.3}", load.run, load.wait, demand.demand);
+                println!("run {:.3} wait {:.3} demand {:.3} {:?}", load.run, load.wait, demand.demand, load.bursts);
             }
             println!();
             seen
@@ -115,6 +128,8 @@ impl Drop for FullHost {
 #[ignore = "needs root"]
 fn on_a_full_host_a_guest_that_merely_wakes_wants_little_and_starved_ones_all() {
     let host = FullHost::new("dm", USUAL, &[RANK, RANK, RANK, WAKER]);
+    host.await_programs();
+    host.limit();
 
     host.assert_told_apart(&host.measure(PERIODS));
 }
@@ -129,8 +144,10 @@ fn however_cores_scale_periods_and_guests_are_starved_ones_want_all_and_those_th
             let shape = Shape { cores: f64::from(cores), scale, quota_period: ms(quota_period), period: ms(period) };
             let programs: Vec<_> = [RANK].repeat(burners).into_iter().chain([WAKER]).collect();
             let host = FullHost::new("dx", shape, &programs);
+            host.await_programs();
+            host.limit();
 
-            // Of the first second little is known: the first periods are the start of the programs, too.
+            // A host that has just become full is judged by the last few periods, of which some lay before.
             let seen = host.measure(14).split_off(6);
 
             for (guest, program) in programs.iter().enumerate() {
@@ -183,6 +200,7 @@ fn on_a_full_host_a_guest_that_receives_500_frames_a_second_wants_little_and_sta
         });
         let measured = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             until("the guest receives", Duration::from_secs(30), || received() > 0);
+            host.limit();
             let (before, began) = (received(), Instant::now());
             (host.measure(PERIODS), received() - before, began.elapsed().as_secs_f64())
         }));

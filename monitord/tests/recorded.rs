@@ -508,7 +508,7 @@ fn replay(scale: f64, guests: &[&[Reading]]) -> Vec<Vec<Demand>> {
                 value: Usage {
                     run_ns: before.value.run_ns + run * 1000,
                     wait_ns: before.value.wait_ns + wait * 1000,
-                    scheduled: Some(Scheduled { slices: was.slices + slices, sleeps: was.sleeps + sleeps }),
+                    scheduled: Some(Scheduled { slices: was.slices + slices, sleeps: was.sleeps + sleeps, ready: 1 }),
                     memory_bytes: 0,
                 },
             };

@@ -15,6 +15,8 @@ pub struct TaskTime {
     pub slices: u64,
     /// Times it left one of itself, to sleep.
     pub sleeps: u64,
+    /// Tasks that run or are ready to, throttled ones included, at the moment of the reading.
+    pub ready: u64,
 }
 
 impl TaskTime {
@@ -25,6 +27,7 @@ impl TaskTime {
             wait_ns: self.wait_ns.checked_sub(before.wait_ns)?,
             slices: self.slices.checked_sub(before.slices)?,
             sleeps: self.sleeps.checked_sub(before.sleeps)?,
+            ready: self.ready,
         })
     }
 
@@ -34,6 +37,7 @@ impl TaskTime {
         self.wait_ns += more.wait_ns;
         self.slices += more.slices;
         self.sleeps += more.sleeps;
+        self.ready += more.ready;
     }
 }
 
@@ -52,8 +56,10 @@ fn task(pid: i32, tid: i32) -> Option<TaskTime> {
     let mut words = text.split_ascii_whitespace().map(str::parse);
     let (run_ns, wait_ns, slices) = (words.next()?.ok()?, words.next()?.ok()?, words.next()?.ok()?);
     let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).ok()?;
-    let sleeps = text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?.trim().parse().ok()?;
-    Some(TaskTime { run_ns, wait_ns, slices, sleeps })
+    let value = |key| text.lines().find_map(|line| line.strip_prefix(key)).map(str::trim_start);
+    let sleeps = value("voluntary_ctxt_switches:")?.parse().ok()?;
+    let ready = value("State:").is_some_and(|state| state.starts_with('R')).into();
+    Some(TaskTime { run_ns, wait_ns, slices, sleeps, ready })
 }
 
 /// A network namespace, as the kernel tells namespaces apart.
@@ -213,11 +219,19 @@ mod tests {
         let computing = tasks(pid)[0].1;
         let own = i32::try_from(std::process::id()).unwrap();
         let sleeping = tasks(own).into_iter().map(|(_, seen)| seen.sleeps).max().unwrap();
+        let mut idle = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let asleep = || tasks(i32::try_from(idle.id()).unwrap()).first().is_some_and(|(_, seen)| seen.ready == 0);
+        while !asleep() && std::time::Instant::now() < deadline {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let asleep = asleep();
+        idle.kill().unwrap();
+        idle.wait().unwrap();
 
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(computing.slices > 0 && computing.run_ns / computing.sleeps.max(1) > 1_000_000, "{computing:?}");
-        assert!(sleeping > 0);
+        assert!(sleeping > 0 && asleep && computing.ready == 1, "{computing:?}");
     }
 
     #[test]

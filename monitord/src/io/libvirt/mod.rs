@@ -330,7 +330,8 @@ impl Hypervisor for Libvirt {
             statistics.iter().filter(|(name, _)| of_vcpu(name)).filter_map(|(name, _)| number(&statistics, name)).sum()
         };
         let kib = number(&statistics, "balloon.rss").or_else(|| number(&statistics, "balloon.current")).unwrap_or(0);
-        let scheduled = self.emulators.vcpus(vm).map(|seen| Scheduled { slices: seen.slices, sleeps: seen.sleeps });
+        let scheduled =
+            self.emulators.vcpus(vm).map(|seen| Scheduled { slices: seen.slices, sleeps: seen.sleeps, ready: seen.ready });
         Ok(Usage { run_ns: sum(".time"), wait_ns: sum(".delay"), scheduled, memory_bytes: kib * 1024 })
     }
 

@@ -360,7 +360,7 @@ impl Hypervisor for Sandbox {
         let account = state.accounts.entry(vm.clone()).or_default();
         account.add(tasks);
         let total = account.total;
-        let scheduled = Some(Scheduled { slices: total.slices, sleeps: total.sleeps });
+        let scheduled = Some(Scheduled { slices: total.slices, sleeps: total.sleeps, ready: total.ready });
         Ok(Usage { run_ns: groups.cpu_ns().unwrap_or(total.run_ns), wait_ns: total.wait_ns, scheduled, memory_bytes })
     }
 
@@ -394,6 +394,7 @@ impl Account {
             };
             self.total.add(grown);
         }
+        self.total.ready = tasks.values().map(|task| task.ready).sum();
         self.last = tasks;
         self.begun = true;
     }
