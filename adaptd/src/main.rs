@@ -6,7 +6,6 @@ use clap::Parser;
 use std::path::PathBuf;
 use tokio::signal::unix::{SignalKind, signal};
 use violin_channel::log;
-use violin_channel::tls::Credentials;
 use violin_common::config::adapt::AdaptConfig;
 
 /// violin's adaptation manager: observes hosts and VMs, decides, explains, moves VMs.
@@ -16,7 +15,7 @@ struct Arguments {
     /// Configuration file; configs/adaptd.example.toml explains every key.
     #[arg(long, default_value = "/etc/violin/adaptd.toml")]
     config: PathBuf,
-    /// Reads and checks the configuration and its certificate, then ends.
+    /// Checks whether a start would work: configuration, certificate, its key and authority, folders, journal. Starts nothing.
     #[arg(long)]
     check: bool,
     /// Decides and lists what it would do, and begins no move by itself; overrides `mode` and what `violin mode` set
@@ -49,7 +48,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&arguments.config).with_context(|| format!("reading the configuration {path}"))?;
     let config = AdaptConfig::parse(&text).with_context(|| format!("configuration {path}"))?;
     if arguments.check {
-        Credentials::load(&config.tls).with_context(|| format!("configuration {path}"))?;
+        adaptd::io::run::check(&config).with_context(|| format!("configuration {path}"))?;
         println!("{path}: good");
         return Ok(());
     }

@@ -1,19 +1,24 @@
 //! The Unix socket for operators and neighbours: one JSON value a line, requests in, [`Response`] lines out.
 //!
-//! A connection may ask several times, one after the other. Only the daemon's own user can open the socket.
+//! A connection may ask several times, one after the other. Only the daemon's own user can open the socket. Askers are bounded: the
+//! one that has been idle for longest goes to make room for another.
 
 pub mod blocking;
+mod idle;
 
+use crate::seldom::Seldom;
+use idle::Idle;
 use serde::{Serialize, de::DeserializeOwned};
 use std::future::Future;
 use std::io;
 use std::marker::PhantomData;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use violin_common::api::Response;
 
 /// Longest line, in bytes.
@@ -31,6 +36,9 @@ impl Drop for Listener {
         let _ = std::fs::remove_file(&self.path);
     }
 }
+
+const EMFILE: i32 = nix::errno::Errno::EMFILE as i32;
+const ENFILE: i32 = nix::errno::Errno::ENFILE as i32;
 
 /// How long a killed daemon may take to let go of its socket: it does when its last thread has ended.
 const LET_GO: Duration = Duration::from_secs(3);
@@ -115,6 +123,9 @@ fn line_of<T: Serialize>(value: &T) -> serde_json::Result<Vec<u8>> {
     Ok(line)
 }
 
+/// Askers at a time at most.
+pub const ASKERS: usize = 256;
+
 /// Serves requests for ever: `handler` is called for each and answers through its sink.
 ///
 /// A handler is carried to its end even if the asker hangs up; one that watches should end when the sink says so.
@@ -125,26 +136,50 @@ where
     H: Fn(Q, Sink<A>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
+    let (idle, room, said) = (Idle::default(), Arc::new(Semaphore::new(ASKERS)), Seldom::default());
     loop {
         match listener.inner.accept().await {
             Ok((stream, _)) => {
-                let handler = handler.clone();
+                let place = match Arc::clone(&room).try_acquire_owned() {
+                    Ok(place) => Some(place),
+                    // Whoever has asked for nothing for longest goes, at once.
+                    Err(_) if idle.close_oldest() => Arc::clone(&room).acquire_owned().await.ok(),
+                    Err(_) => None,
+                };
+                let Some(place) = place else {
+                    tokio::spawn(tell_full(stream));
+                    continue;
+                };
+                let (handler, idle) = (handler.clone(), idle.clone());
                 tokio::spawn(async move {
-                    if let Err(error) = converse(stream, handler).await {
+                    let _place = place;
+                    if let Err(error) = converse(stream, handler, idle).await {
                         tracing::debug!(%error, "local connection ended");
                     }
                 });
             }
             Err(error) => {
-                // Out of descriptors, most likely: others may free some soon.
-                tracing::warn!(%error, "could not accept a local connection");
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                let full = matches!(error.raw_os_error(), Some(code) if [EMFILE, ENFILE].contains(&code));
+                let closed = full && idle.close_oldest();
+                if let Some(unsaid) = said.due(Instant::now(), &error.to_string()) {
+                    let advice =
+                        if full { "; idle askers are closed; want a higher limit (LimitNOFILE), or fewer askers" } else { "" };
+                    tracing::warn!(unsaid, "could not accept a local connection: {error}{advice}");
+                }
+                // What was closed is free in a moment; others may free some, too.
+                tokio::time::sleep(Duration::from_millis(if closed { 5 } else { 100 })).await;
             }
         }
     }
 }
 
-async fn converse<Q, A, H, F>(mut stream: UnixStream, handler: H) -> io::Result<()>
+async fn tell_full(mut stream: UnixStream) {
+    let words = format!("got one more asker than {ASKERS} that all wait for answers: ask again when some have ended");
+    let line = line_of(&Response::<()>::Error(words)).unwrap_or_default();
+    let _ = tokio::time::timeout(Duration::from_secs(1), stream.write_all(&line)).await;
+}
+
+async fn converse<Q, A, H, F>(mut stream: UnixStream, handler: H, idle: Idle) -> io::Result<()>
 where
     Q: DeserializeOwned + Send + 'static,
     A: Serialize + Send + 'static,
@@ -153,7 +188,17 @@ where
 {
     let mut rest = Vec::new();
     loop {
-        let Some(line) = read_line(&mut stream, &mut rest).await? else { return Ok(()) };
+        let waiting = idle.begin();
+        let line = tokio::select! {
+            line = read_line(&mut stream, &mut rest) => line?,
+            () = waiting.closed() => {
+                let words = "the connection was idle and was closed to make room for others: ask again".to_owned();
+                stream.write_all(&line_of(&Response::<()>::Error(words))?).await?;
+                return Ok(());
+            }
+        };
+        drop(waiting);
+        let Some(line) = line else { return Ok(()) };
         if line.iter().all(u8::is_ascii_whitespace) {
             continue;
         }

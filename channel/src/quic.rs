@@ -1,6 +1,7 @@
 //! Endpoints and connections of daemons that have a UDP port of their own.
 
 use crate::seldom::Seldom;
+use crate::start::patiently;
 use crate::tls::{Credentials, Identity, Timing, TlsError, endpoint_config, peer_identity};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -77,7 +78,19 @@ pub fn listen(
     alpn: &'static [u8],
     timing: Timing,
 ) -> Result<Endpoint, QuicError> {
-    open(address, credentials, alpn, timing, true)
+    let socket = UdpSocket::bind(address).map_err(|source| QuicError::Socket { address, source })?;
+    over(socket, credentials, alpn, timing, true)
+}
+
+/// Likewise, and waits until this host has the address: see [`patiently`].
+pub async fn listen_patiently(
+    address: SocketAddr,
+    credentials: Arc<Credentials>,
+    alpn: &'static [u8],
+    timing: Timing,
+) -> Result<Endpoint, QuicError> {
+    let socket = patiently(address, || UdpSocket::bind(address)).await;
+    over(socket.map_err(|source| QuicError::Socket { address, source })?, credentials, alpn, timing, true)
 }
 
 /// Opens a port that only calls, of the address family of `remote`. Must be called inside a tokio runtime.
@@ -88,18 +101,19 @@ pub fn dialler(
     timing: Timing,
 ) -> Result<Endpoint, QuicError> {
     let any: SocketAddr = if remote.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
-    open(any, credentials, alpn, timing, false)
+    let socket = UdpSocket::bind(any).map_err(|source| QuicError::Socket { address: any, source })?;
+    over(socket, credentials, alpn, timing, false)
 }
 
-fn open(
-    address: SocketAddr,
+fn over(
+    socket: UdpSocket,
     credentials: Arc<Credentials>,
     alpn: &'static [u8],
     timing: Timing,
     called: bool,
 ) -> Result<Endpoint, QuicError> {
     let server = if called { Some(credentials.server(alpn, timing)?) } else { None };
-    let socket = UdpSocket::bind(address).map_err(|source| QuicError::Socket { address, source })?;
+    let address = socket.local_addr().unwrap_or_else(|_| (Ipv4Addr::UNSPECIFIED, 0).into());
     let quinn = quinn::Endpoint::new(endpoint_config(), server, socket, Arc::new(quinn::TokioRuntime))
         .map_err(|source| QuicError::Socket { address, source })?;
     Ok(Endpoint { quinn, credentials, alpn, timing })

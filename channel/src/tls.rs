@@ -12,14 +12,15 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::sign::CertifiedKey;
 use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use violin_common::config::Tls;
 use violin_common::{DomainId, HostId};
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+use x509_parser::prelude::{FromDer, GeneralName, Validity, X509Certificate};
 
 /// Bytes of one connection that may wait here for whoever reads: some of the longest messages.
 const WINDOW: u32 = 4 << 20;
@@ -141,7 +142,53 @@ impl Credentials {
         })?;
         let identity = identity(&chain[0])?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        Ok(Self { roots: Arc::new(roots), chain, key, identity, provider })
+        CertifiedKey::from_der(chain.clone(), key.clone_key(), &provider).map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => TlsError::Unusable(format!(
+                "{} is not the key of {}: want the two that were made together",
+                tls.key.display(),
+                tls.cert.display()
+            )),
+            error => TlsError::Unusable(format!("{}: {error}", tls.key.display())),
+        })?;
+        let credentials = Self { roots: Arc::new(roots), chain, key, identity, provider };
+        // At a time at which it is valid: a host may start with a clock that is not set yet.
+        let begins = credentials.validity()?.not_before.timestamp();
+        credentials.verify(begins).map_err(|why| {
+            let (cert, ca) = (tls.cert.display(), tls.ca.display());
+            TlsError::Unusable(format!("{cert} is not good by the authority in {ca} ({why}): want one made by that authority"))
+        })?;
+        Ok(credentials)
+    }
+
+    fn validity(&self) -> Result<Validity, TlsError> {
+        let unusable = |error: &dyn fmt::Display| TlsError::Unusable(error.to_string());
+        let (_, parsed) = X509Certificate::from_der(&self.chain[0]).map_err(|error| unusable(&error))?;
+        Ok(parsed.validity().clone())
+    }
+
+    /// Whether those whom it calls, and who call it, will find the certificate good at a time, in seconds since 1970.
+    fn verify(&self, at: i64) -> Result<(), rustls::Error> {
+        let at = UnixTime::since_unix_epoch(Duration::from_secs(at.try_into().unwrap_or(0)));
+        let general = |error: &dyn fmt::Display| rustls::Error::General(error.to_string());
+        let (own, rest) = self.chain.split_first().ok_or_else(|| general(&"no certificate"))?;
+        let builder = WebPkiServerVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider));
+        let name = ServerName::try_from(self.identity.host.as_str()).map_err(|error| general(&error))?;
+        builder.build().map_err(|error| general(&error))?.verify_server_cert(own, rest, &name, &[], at)?;
+        let builder = WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider));
+        builder.build().map_err(|error| general(&error))?.verify_client_cert(own, rest, at).map(|_| ())
+    }
+
+    /// Refuses a certificate that is not valid yet or any more: everybody would. Not by [`Self::load`], for a daemon that starts
+    /// before its host's clock is set is to run all the same.
+    pub fn must_be_valid(&self, now: SystemTime) -> Result<(), TlsError> {
+        let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let validity = self.validity()?;
+        let now = i64::try_from(now).unwrap_or(i64::MAX);
+        if (validity.not_before.timestamp()..=validity.not_after.timestamp()).contains(&now) {
+            return Ok(());
+        }
+        let (from, until) = (validity.not_before, validity.not_after);
+        Err(TlsError::Unusable(format!("it is valid from {from} to {until}, which is not now: set the clock, or make a new one")))
     }
 
     /// Whom our certificate names.

@@ -145,8 +145,9 @@ async fn a_certificate_of_another_authority_is_refused_by_both_ends() {
     let mut foreign = credentials(directory.path(), &theirs, "h2", "d1", "h2");
     let caller_refused = {
         let server = listen(Arc::clone(&trusted));
-        // It trusts the right authority and is signed by the wrong one: only the server can refuse it.
-        foreign.ca = directory.path().join("h1-ca.pem");
+        // It trusts the right authority, too, and is signed by the wrong one: only the server can refuse it.
+        foreign.ca = directory.path().join("both.pem");
+        std::fs::write(&foreign.ca, [ours.pem(), theirs.pem()].concat()).unwrap();
         let client = listen(load(&foreign));
         let address = server.local_addr().unwrap();
         let serving = tokio::spawn(async move { quic::admit(server.accept().await.unwrap()).await.map(drop) });
@@ -162,6 +163,26 @@ async fn a_certificate_of_another_authority_is_refused_by_both_ends() {
     let address = server.local_addr().unwrap();
     tokio::spawn(async move { quic::admit(server.accept().await.unwrap()).await });
     assert!(client.connect(address, None).await.is_err());
+}
+
+#[test]
+fn a_certificate_that_is_valid_at_another_time_is_told_from_a_good_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = authority();
+    let tls = credentials(directory.path(), &authority, "h1", "d1", "h1");
+    let key = KeyPair::from_pem(&std::fs::read_to_string(&tls.key).unwrap()).unwrap();
+    let mut params = CertificateParams::new(vec!["h1".to_owned()]).unwrap();
+    params.distinguished_name.push(DnType::CommonName, "h1");
+    params.distinguished_name.push(DnType::OrganizationalUnitName, "d1");
+    (params.not_before, params.not_after) = (rcgen::date_time_ymd(2001, 1, 1), rcgen::date_time_ymd(2001, 1, 31));
+    std::fs::write(&tls.cert, params.signed_by(&key, &authority).unwrap().pem()).unwrap();
+
+    let credentials = Credentials::load(&tls).unwrap();
+
+    let error = credentials.must_be_valid(std::time::SystemTime::now()).unwrap_err().to_string();
+    assert!(error.contains("valid from Jan  1 00:00:00 2001") && error.contains("to Jan 31"), "{error}");
+    let then = std::time::UNIX_EPOCH + Duration::from_secs(979_000_000);
+    assert!(credentials.must_be_valid(then).is_ok());
 }
 
 #[test]
@@ -230,4 +251,41 @@ async fn a_local_socket_answers_once_or_many_times_and_notices_who_hangs_up() {
     // As a killed daemon leaves it.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(local::bind(&path).is_ok(), "a stale socket was in the way");
+}
+
+#[tokio::test]
+async fn an_idle_asker_gives_way_to_another_and_is_told_so_while_those_at_work_stay() {
+    use tokio::io::{AsyncBufReadExt, BufReader};
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("switchd.sock");
+    let (gone, _hung_up) = tokio::sync::mpsc::channel(1);
+    let listener = local::bind(&path).unwrap();
+    tokio::spawn(local::serve(listener, move |question, sink| answer(question, sink, gone.clone())));
+    let mut watch = local::watch::<_, u32>(&path, &Question::Forever).await.unwrap();
+    assert_eq!(watch.next().await, Some(Ok(0)));
+    let mut idle = Vec::new();
+    for _ in 0..local::ASKERS {
+        idle.push(tokio::net::UnixStream::connect(&path).await.unwrap());
+    }
+
+    assert_eq!(local::ask::<_, u32>(&path, &Question::Double(21)).await, Ok(42));
+
+    let mut told = String::new();
+    BufReader::new(&mut idle[0]).read_line(&mut told).await.unwrap();
+    assert!(told.contains("closed to make room for others"), "{told}");
+    assert!(tokio::time::timeout(Duration::from_millis(100), watch.next()).await.is_err(), "who was at work was closed");
+
+    // All at work: one more is told so at once.
+    drop(idle);
+    let mut watches = Vec::new();
+    while watches.len() < local::ASKERS - 1 {
+        let mut watch = local::watch::<_, u32>(&path, &Question::Forever).await.unwrap();
+        // Places of those that have hung up come back one by one.
+        match watch.next().await {
+            Some(Ok(0)) => watches.push(watch),
+            other => assert!(matches!(&other, Some(Err(words)) if words.contains("one more asker")), "{other:?}"),
+        }
+    }
+    let full = local::ask::<_, u32>(&path, &Question::Double(21)).await.unwrap_err();
+    assert!(full.contains("got one more asker than 256"), "{full}");
 }

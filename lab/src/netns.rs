@@ -13,6 +13,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use violin_channel::kernel;
 
 /// Folder of the named namespaces.
 pub const NAMESPACES: &str = "/run/netns";
@@ -92,9 +93,9 @@ pub(crate) fn create(netns: &str) -> Result<()> {
     // Neighbour discovery and router solicitations of the kernel would mix with what is measured.
     inside(netns, || {
         for what in ["all", "default"] {
-            let file = format!("/proc/sys/net/ipv6/conf/{what}/disable_ipv6");
-            if Path::new(&file).exists() {
-                fs::write(file, "1")?;
+            match kernel::set(&format!("net/ipv6/conf/{what}/disable_ipv6"), "1") {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
             }
         }
         Ok(())

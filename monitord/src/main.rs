@@ -14,7 +14,7 @@ struct Arguments {
     /// Configuration file; configs/monitord.example.toml shows every key.
     #[arg(long, default_value = "/etc/violin/monitord.toml")]
     config: PathBuf,
-    /// Reads and checks the configuration and the files it names, then ends.
+    /// Checks whether a start would work: configuration, certificate, its key and authority, folders, control groups. Starts nothing.
     #[arg(long)]
     check: bool,
 }

@@ -81,27 +81,13 @@ impl FullHost {
         self.world.group("h1").clone().with_period(quota_period).set_quota(Some(cores * scale)).unwrap();
     }
 
-    /// Loads and demands of some periods, found as the daemon finds them.
-    fn measure(&self, periods: usize) -> Vec<Vec<(Load, Demand)>> {
-        let read = |spec: &VmSpec| At { at: clock::now(), value: self.driver.usage(&spec.vm).unwrap() };
-        let mut recent = vec![Recent::default(); self.specs.len()];
-        let mut before: Vec<_> = self.specs.iter().map(read).collect();
-        let period = || {
-            // Time to run is what is measured here.
-            std::thread::sleep(self.shape.period);
-            let after: Vec<_> = self.specs.iter().map(read).collect();
-            let loads = before.iter().zip(&after).map(|(before, after)| load(1, self.shape.scale, *before, *after).unwrap());
-            let judged: Vec<_> = loads.zip(&mut recent).map(|(load, past)| past.judge(load)).collect();
-            before = after;
-            let demands = demands(self.shape.cores, &judged);
-            let seen: Vec<_> = judged.into_iter().map(|vm| vm.load).zip(demands).collect();
-            for (load, demand) in &seen {
-                println!("run {:.3} wait {:.3} demand {:.3} {:?}", load.run, load.wait, demand.demand, load.bursts);
-            }
-            println!();
-            seen
-        };
-        std::iter::repeat_with(period).take(periods).collect()
+    fn read(&self) -> Vec<At<Usage>> {
+        self.specs.iter().map(|spec| At { at: clock::now(), value: self.driver.usage(&spec.vm).unwrap() }).collect()
+    }
+
+    /// Watches as the daemon does, which knows its guests since they were started.
+    fn watch(&self) -> Watch<'_> {
+        Watch { host: self, before: self.read(), recent: vec![Recent::default(); self.specs.len()] }
     }
 
     /// The ranks, all but the last guest, want all; the last, which waits too, wants little.
@@ -117,6 +103,36 @@ impl FullHost {
     }
 }
 
+/// What is known of a host's guests.
+struct Watch<'a> {
+    host: &'a FullHost,
+    before: Vec<At<Usage>>,
+    recent: Vec<Recent>,
+}
+
+impl Watch<'_> {
+    /// Loads and demands of some periods, found as the daemon finds them.
+    fn measure(&mut self, periods: usize) -> Vec<Vec<(Load, Demand)>> {
+        let Shape { cores, scale, period, .. } = self.host.shape;
+        let one = || {
+            // Time to run is what is measured here.
+            std::thread::sleep(period);
+            let after = self.host.read();
+            let loads = self.before.iter().zip(&after).map(|(before, after)| load(1, scale, *before, *after).unwrap());
+            let judged: Vec<_> = loads.zip(&mut self.recent).map(|(load, past)| past.judge(load)).collect();
+            self.before = after;
+            let demands = demands(cores, &judged);
+            let seen: Vec<_> = judged.into_iter().map(|vm| vm.load).zip(demands).collect();
+            for (load, demand) in &seen {
+                println!("run {:.3} wait {:.3} demand {:.3} {:?}", load.run, load.wait, demand.demand, load.bursts);
+            }
+            println!();
+            seen
+        };
+        std::iter::repeat_with(one).take(periods).collect()
+    }
+}
+
 impl Drop for FullHost {
     fn drop(&mut self) {
         // Behind a quota ending takes seconds, too.
@@ -129,9 +145,11 @@ impl Drop for FullHost {
 fn on_a_full_host_a_guest_that_merely_wakes_wants_little_and_starved_ones_all() {
     let host = FullHost::new("dm", USUAL, &[RANK, RANK, RANK, WAKER]);
     host.await_programs();
+    let mut watch = host.watch();
+    watch.measure(1);
     host.limit();
 
-    host.assert_told_apart(&host.measure(PERIODS));
+    host.assert_told_apart(&watch.measure(PERIODS));
 }
 
 #[test]
@@ -145,10 +163,12 @@ fn however_cores_scale_periods_and_guests_are_starved_ones_want_all_and_those_th
             let programs: Vec<_> = [RANK].repeat(burners).into_iter().chain([WAKER]).collect();
             let host = FullHost::new("dx", shape, &programs);
             host.await_programs();
+            let mut watch = host.watch();
+            watch.measure(2);
             host.limit();
 
             // A host that has just become full is judged by the last few periods, of which some lay before.
-            let seen = host.measure(14).split_off(6);
+            let seen = watch.measure(12).split_off(4);
 
             for (guest, program) in programs.iter().enumerate() {
                 let demands: Vec<f64> = seen.iter().map(|period| period[guest].1.demand).collect();
@@ -200,9 +220,11 @@ fn on_a_full_host_a_guest_that_receives_500_frames_a_second_wants_little_and_sta
         });
         let measured = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             until("the guest receives", Duration::from_secs(30), || received() > 0);
+            let mut watch = host.watch();
+            watch.measure(1);
             host.limit();
             let (before, began) = (received(), Instant::now());
-            (host.measure(PERIODS), received() - before, began.elapsed().as_secs_f64())
+            (watch.measure(PERIODS), received() - before, began.elapsed().as_secs_f64())
         }));
         done.store(true, Ordering::Relaxed);
         measured.unwrap_or_else(|panic| std::panic::resume_unwind(panic))

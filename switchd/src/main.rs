@@ -15,7 +15,7 @@ struct Arguments {
     /// Configuration file; configs/switchd.example.toml explains every key.
     #[arg(long, default_value = "/etc/violin/switchd.toml")]
     config: PathBuf,
-    /// Checks the configuration and its certificate, starts nothing.
+    /// Checks whether a start would work: configuration, certificate, its key and authority, folders. Starts nothing.
     #[arg(long)]
     check: bool,
 }
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
         }
     };
     let result = if arguments.check {
-        run::load(&arguments.config).map(|(config, _)| {
+        run::check(&arguments.config).map(|config| {
             println!(
                 "{}: host {}, {} networks, {} ports",
                 arguments.config.display(),

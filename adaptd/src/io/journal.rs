@@ -9,11 +9,12 @@
 use crate::io::secrets::{self, Secrets};
 use crate::records::{KEPT, Record, RecordV1, State};
 use anyhow::{Context, anyhow, bail};
-use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition, TableError};
+use redb::{Database, DatabaseError, Durability, ReadOnlyDatabase, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 use std::borrow::Cow;
 use std::collections::{BTreeSet, VecDeque};
 use std::fs::File;
 use std::path::Path;
+use violin_channel::start::folder_of_can_be;
 use violin_common::{EnvironmentId, Instant};
 
 const RECORDS: TableDefinition<u64, &[u8]> = TableDefinition::new("records");
@@ -195,13 +196,35 @@ impl Journal {
         Ok((journal, state))
     }
 
+    /// Whether it could be opened, or made where there is none. Changes nothing; one that is in use is not looked at.
+    pub fn check(path: &Path) -> anyhow::Result<()> {
+        folder_of_can_be(path)?;
+        match std::fs::metadata(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error).with_context(|| format!("looking at the journal {}", path.display())),
+            Ok(found) if found.len() == 0 => bail!("got an empty file (0 bytes): {}", unreadable(path)),
+            Ok(_) => {}
+        }
+        let reading = || match ReadOnlyDatabase::open(path) {
+            Ok(database) => Self::read(&database, &Secrets::beside(path)).map(|_| ()),
+            // In use; or left by a kill, which the next start mends.
+            Err(DatabaseError::DatabaseAlreadyOpen | DatabaseError::RepairAborted) => Ok(()),
+            Err(error) => Err(error.into()),
+        };
+        let read = std::panic::catch_unwind(reading).unwrap_or_else(|_| Err(anyhow!("its pages do not fit together")));
+        read.map_err(|error| match error.is::<UnknownRecord>() {
+            true => error.context(format!("the journal {} cannot be read", path.display())),
+            false => error.context(unreadable(path)),
+        })
+    }
+
     fn load(path: &Path) -> anyhow::Result<(Database, Read)> {
         let database = Database::open(path)?;
         let read = Self::read(&database, &Secrets::beside(path))?;
         Ok((database, read))
     }
 
-    fn read(database: &Database, secrets: &Secrets) -> anyhow::Result<Read> {
+    fn read(database: &impl ReadableDatabase, secrets: &Secrets) -> anyhow::Result<Read> {
         let read = database.begin_read()?;
         let table = read.open_table(RECORDS)?;
         let (mut state, mut next, mut decisions, mut gone) = (State::default(), 0, VecDeque::new(), BTreeSet::new());

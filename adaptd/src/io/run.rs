@@ -11,7 +11,8 @@ use crate::records::{Life, RecordV1, mode_at_start};
 use anyhow::{Context, bail};
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
+use violin_channel::start::folder_of_can_be;
 use violin_channel::tls::{Credentials, Timing};
 use violin_channel::{local, quic};
 use violin_common::api::adapt::{DecisionSeen, Event, Mode, Term};
@@ -23,13 +24,27 @@ const REFUSALS: Duration = Duration::from_secs(10);
 /// Most refusals written with one decision.
 const MOST_REFUSALS: usize = 50;
 
+/// Whether a start would work, as far as can be told without starting: another manager may run.
+pub fn check(config: &AdaptConfig) -> anyhow::Result<()> {
+    Credentials::load(&config.tls)?.must_be_valid(SystemTime::now())?;
+    folder_of_can_be(&config.socket).context("key `socket`")?;
+    Journal::check(&config.journal).context("key `journal`")
+}
+
 /// Runs until `stop` ends or the journal fails; `dry_run`: whatever mode the journal and the configuration say.
 pub async fn run(config: AdaptConfig, dry_run: bool, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let credentials = Arc::new(Credentials::load(&config.tls)?);
+    if let Err(error) = credentials.must_be_valid(SystemTime::now()) {
+        tracing::error!("the certificate will be refused by everybody: {error}");
+    }
+    let mut stop = std::pin::pin!(stop);
+    let endpoint = tokio::select! {
+        opened = quic::listen_patiently(config.listen, credentials, quic::alpn::MONITOR, Timing::CALM) => opened?,
+        () = &mut stop => return Ok(()),
+    };
     let (journal, state) = Journal::open(&config.journal, clock::now())?;
     tracing::info!(generation = journal.generation(), environments = state.environments.len(), "journal read");
     let listener = local::bind(&config.socket)?;
-    let endpoint = quic::listen(config.listen, credentials, quic::alpn::MONITOR, Timing::CALM)?;
     keys::tidy(&config.socket)?;
     for name in journal.gone() {
         keys::forget(&config.socket, name)?;
@@ -59,7 +74,7 @@ pub async fn run(config: AdaptConfig, dry_run: bool, stop: impl Future<Output = 
     tokio::spawn(reconcile::leftovers(Arc::clone(&shared)));
     let mut fatal = shared.fatal.subscribe();
     let ended = tokio::select! {
-        () = stop => Ok(()),
+        () = &mut stop => Ok(()),
         reason = fatal.wait_for(Option::is_some) => match reason {
             Ok(reason) => bail!("{}", reason.clone().unwrap_or_default()),
             Err(error) => Err(error).context("waiting for the end"),

@@ -1,6 +1,6 @@
 //! `adaptd.toml`.
 
-use super::{ConfigError, Span, Tls, from_toml};
+use super::{ConfigError, Span, Tls, from_toml, must_be_path, must_be_socket};
 use crate::api::adapt::Mode;
 use crate::control::monitor::MigrationMode;
 use serde::{Deserialize, Serialize};
@@ -110,6 +110,8 @@ impl AdaptConfig {
     /// Reads and checks a file's text.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let config: Self = from_toml(text)?;
+        must_be_socket("socket", &config.socket)?;
+        must_be_path("journal", &config.journal)?;
         let policy = &config.policy;
         if !(policy.high_demand > 0.0 && policy.high_demand <= 1.0) {
             return Err(ConfigError::value("policy.high-demand", policy.high_demand, "more than 0, at most 1"));

@@ -9,7 +9,7 @@ pub mod switch;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -35,6 +35,29 @@ impl ConfigError {
     /// A refusal of one key's value.
     pub fn value(key: impl Into<String>, got: impl fmt::Display, wanted: impl Into<String>) -> Self {
         Self::Value { key: key.into(), got: got.to_string(), wanted: wanted.into() }
+    }
+}
+
+/// Longest path of a Unix socket, in bytes (unix(7), without the final zero).
+const LONGEST_SOCKET: usize = 107;
+
+/// Refuses a path that nothing can be at.
+pub(crate) fn must_be_path(key: &str, path: &Path) -> Result<(), ConfigError> {
+    match path.file_name() {
+        Some(_) => Ok(()),
+        None => Err(ConfigError::value(key, format!("{:?}", path.display().to_string()), "the path of a file or folder")),
+    }
+}
+
+/// Refuses a path that no Unix socket can be at.
+pub(crate) fn must_be_socket(key: &str, path: &Path) -> Result<(), ConfigError> {
+    must_be_path(key, path)?;
+    match path.as_os_str().len() {
+        len if len > LONGEST_SOCKET => {
+            let got = format!("a path of {len} bytes ({})", path.display());
+            Err(ConfigError::value(key, got, format!("the path of a socket: at most {LONGEST_SOCKET} bytes")))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -127,6 +150,17 @@ pub struct Tls {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn paths_where_nothing_can_be_are_refused_by_key() {
+        let said = |path: &str| must_be_socket("socket", Path::new(path)).map_err(|error| error.to_string());
+
+        assert_eq!(said("").unwrap_err(), "key `socket`: got \"\", want the path of a file or folder");
+        assert!(said("/").is_err() && said("/run/..").is_err());
+        assert!(said(&format!("/{}", "x".repeat(106))).is_ok());
+        let long = said(&format!("/{}", "x".repeat(107))).unwrap_err();
+        assert!(long.contains("got a path of 108 bytes") && long.contains("at most 107 bytes"), "{long}");
+    }
 
     #[test]
     fn spans_round_trip_and_want_a_unit() {

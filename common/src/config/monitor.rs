@@ -1,6 +1,6 @@
 //! `monitord.toml`.
 
-use super::{ConfigError, Span, Tls, from_toml};
+use super::{ConfigError, Span, Tls, from_toml, must_be_path, must_be_socket};
 use crate::{DomainId, EnvironmentId, HostId};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
@@ -127,6 +127,13 @@ impl MonitorConfig {
     /// Reads and checks a file's text.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let config: Self = from_toml(text)?;
+        must_be_socket("switch-socket", &config.switch_socket)?;
+        must_be_path("images", &config.images)?;
+        must_be_path("run", &config.run)?;
+        if let Driver::Sandbox { shared, guest_program, .. } = &config.driver {
+            must_be_path("driver.shared", shared)?;
+            must_be_path("driver.guest-program", guest_program)?;
+        }
         if config.period < Span::from_millis(100) || config.period > Span::from_secs(60) {
             return Err(ConfigError::value("period", config.period, "100ms to 60s"));
         }

@@ -1,6 +1,6 @@
 //! `switchd.toml`.
 
-use super::{ConfigError, Span, Tls, from_toml};
+use super::{ConfigError, Span, Tls, from_toml, must_be_socket};
 use crate::id::{INTERFACE_NAME, is_interface_name};
 use crate::{DomainId, HostId, MacAddr, Vni};
 use serde::{Deserialize, Serialize};
@@ -133,6 +133,7 @@ impl SwitchConfig {
     /// Reads and checks a file's text.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let config: Self = from_toml(text)?;
+        must_be_socket("socket", &config.socket)?;
         if !(1280..=9216).contains(&config.underlay_mtu) {
             return Err(ConfigError::value("underlay-mtu", config.underlay_mtu, "1280 to 9216"));
         }

@@ -9,9 +9,10 @@ use super::sandbox::{Sandbox, SandboxConfig};
 use crate::hypervisor::Hypervisor;
 use anyhow::Context;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::signal::unix::{SignalKind, signal};
-use violin_channel::quic::{alpn, dialler, listen};
+use violin_channel::quic::{alpn, dialler, listen_patiently};
+use violin_channel::start::folder_can_be;
 use violin_channel::tls::{Credentials, Timing};
 use violin_common::config::monitor::{Driver, MonitorConfig};
 
@@ -51,30 +52,60 @@ fn libvirt(_config: &MonitorConfig) -> anyhow::Result<Arc<dyn Hypervisor>> {
     anyhow::bail!("this monitord was built without the libvirt driver: build it with the feature `libvirt`")
 }
 
-/// Checks everything that can be checked without starting: certificates and control groups.
+/// Whether a start would work, as far as can be told without starting: another monitor may run.
 pub fn check(config: &MonitorConfig) -> anyhow::Result<()> {
     let credentials = Credentials::load(&config.tls)?;
     credentials.must_name(&config.host, &config.domain)?;
+    credentials.must_be_valid(SystemTime::now())?;
     Hierarchies::detect()?;
-    Ok(())
+    folder_can_be(&config.run).context("key `run`")?;
+    folder_can_be(&config.images).context("key `images`")?;
+    match &config.driver {
+        Driver::Sandbox { shared, guest_program, .. } => {
+            folder_can_be(shared).context("key `driver.shared`")?;
+            let program = std::fs::metadata(guest_program).with_context(|| format!("looking at {}", guest_program.display()));
+            if !program.context("key `driver.guest-program`")?.is_file() {
+                anyhow::bail!("key `driver.guest-program`: got {}, want a program", guest_program.display());
+            }
+            Ok(())
+        }
+        Driver::Libvirt { .. } => check_libvirt(config),
+    }
+}
+
+#[cfg(feature = "libvirt")]
+fn check_libvirt(config: &MonitorConfig) -> anyhow::Result<()> {
+    super::libvirt::Settings::from_config(config).context("the configuration names another driver than libvirt").map(|_| ())
+}
+
+#[cfg(not(feature = "libvirt"))]
+fn check_libvirt(config: &MonitorConfig) -> anyhow::Result<()> {
+    libvirt(config).map(|_| ())
 }
 
 /// Runs the monitor until SIGTERM or SIGINT. Guests run on after its end.
 pub async fn run(config: MonitorConfig) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let credentials = Arc::new(Credentials::load(&config.tls)?);
     credentials.must_name(&config.host, &config.domain)?;
+    if let Err(error) = credentials.must_be_valid(SystemTime::now()) {
+        tracing::error!("the certificate will be refused by everybody: {error}");
+    }
     let trees = Hierarchies::detect()?;
     let group = config.capacity.cpu_group.as_deref().map(|name| HostGroup::create(&trees, name)).transpose()?;
     let group = group.map(|group| group.with_period(config.capacity.quota_period.0));
     std::fs::create_dir_all(&config.run).with_context(|| format!("making {}", config.run.display()))?;
 
-    let image_port = listen(config.listen, Arc::clone(&credentials), alpn::IMAGE, Timing::CALM)?;
+    let image_port = tokio::select! {
+        opened = listen_patiently(config.listen, Arc::clone(&credentials), alpn::IMAGE, Timing::CALM) => opened?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
     let images = Images::open(&config.images, Some((image_port.clone(), tokio::runtime::Handle::current())))
         .with_context(|| format!("opening the image store {}", config.images.display()))?;
     let images = Arc::new(images);
     let caller = dialler(config.manager, credentials, alpn::MONITOR, Timing::CALM)?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
 
     let (manager, host) = (config.manager, config.host.clone());
     let serving = Arc::clone(&images);

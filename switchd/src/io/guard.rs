@@ -10,6 +10,7 @@ use crate::io::link;
 use crate::io::nft::{Keeping, Nft};
 use std::collections::HashMap;
 use std::io;
+use violin_channel::kernel;
 
 /// The mark (SO_MARK) of what the switch itself sends to a guest: "viol".
 pub const MARK: u32 = 0x7669_6f6c;
@@ -90,7 +91,7 @@ impl Guards {
         if self.ahead.get(interface) != Some(&true) {
             self.drop_all(interface)?;
         }
-        set_ipv6_disabled(interface, "1").map_err(|error| format!("disable_ipv6: {error}"))
+        set_ipv6_disabled(interface, "1").map_err(|error| error.to_string())
     }
 
     /// Gives the interface back. One that has gone leaves its table behind, which is removed too.
@@ -114,7 +115,7 @@ pub fn strip(interface: &str) -> Result<(), String> {
 }
 
 fn set_ipv6_disabled(interface: &str, value: &str) -> io::Result<()> {
-    match std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"), value) {
+    match kernel::set(&format!("net/ipv6/conf/{interface}/disable_ipv6"), value) {
         // A kernel without IPv6, or an interface that has gone: nothing to disable.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,

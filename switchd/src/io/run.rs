@@ -9,16 +9,19 @@ use super::{attach, now};
 use crate::counters::Counters;
 use crate::switch::{Nature, Switch, Wanted};
 use crate::tables::Forwarding;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use arc_swap::ArcSwap;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use violin_channel::local;
 use violin_channel::quic::{Endpoint, alpn};
+use violin_channel::start::{folder_of_can_be, patiently};
 use violin_channel::tls::{Credentials, Timing, endpoint_config};
 use violin_common::VmId;
 use violin_common::api::switch::{NetworkSpec, OwnedMac, Ownership, PortKind, PortSpec};
@@ -36,6 +39,15 @@ pub fn load(path: &Path) -> Result<(SwitchConfig, Credentials)> {
     let credentials = Credentials::load(&config.tls).with_context(|| format!("in {}", path.display()))?;
     credentials.must_name(&config.host, &config.domain).with_context(|| format!("in {}", path.display()))?;
     Ok((config, credentials))
+}
+
+/// Whether a start with this file would work, as far as can be told without starting: another switch may run.
+pub fn check(path: &Path) -> Result<SwitchConfig> {
+    let (config, credentials) = load(path)?;
+    let within = || format!("in {}", path.display());
+    credentials.must_be_valid(SystemTime::now()).with_context(within)?;
+    folder_of_can_be(&config.socket).context("key `socket`").with_context(within)?;
+    Ok(config)
 }
 
 /// A number nobody can guess and that differs at each start. The standard library seeds its hashers so.
@@ -127,9 +139,19 @@ pub async fn run(path: &Path) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut reload = signal(SignalKind::hangup())?;
 
+    if let Err(error) = credentials.must_be_valid(SystemTime::now()) {
+        tracing::error!("the certificate will be refused by everybody: {error}");
+    }
+    let socket = tokio::select! {
+        bound = patiently(config.listen, || UdpSocket::bind(config.listen)) => bound,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
+    let socket = socket.map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => anyhow!("could not bind the mesh port {}: is another switchd running?", config.listen),
+        _ => anyhow!("could not bind the mesh port {}: {error}", config.listen),
+    })?;
     let listener = local::bind(&config.socket)?;
-    let socket = UdpSocket::bind(config.listen)
-        .with_context(|| format!("could not bind the mesh port {}: is another switchd running?", config.listen))?;
     socket.set_nonblocking(true)?;
     let listen = socket.local_addr()?;
     let credentials = Arc::new(credentials);

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::{fs, io};
+use violin_channel::kernel;
 use violin_common::VmId;
 
 /// Longest interface name, in bytes (`IFNAMSIZ` less the NUL).
@@ -31,11 +32,9 @@ pub(super) fn make(name: &str, mtu: u16) -> io::Result<()> {
         create(name)?;
         set_mtu(name, mtu)?;
     }
-    let ipv6 = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
-    if let Err(error) = fs::write(&ipv6, "1")
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        return Err(io::Error::new(error.kind(), format!("{ipv6}: {error}")));
+    match kernel::set(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1") {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
     }
     netlink()?.set_up(name)
 }

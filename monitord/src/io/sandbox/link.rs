@@ -3,10 +3,11 @@
 use super::Inner;
 use super::store::{Guest, Marker, fnv};
 use crate::io::netlink::{Netlink, inside, new_netns};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Command;
+use violin_channel::kernel;
 use violin_common::VmId;
 use violin_common::control::monitor::VmSpec;
 
@@ -65,9 +66,11 @@ impl Inner {
 
     /// Keeps the host's own IPv6 off its end, from before it is up.
     fn quieten(&self, name: &str) {
-        let file = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
-        if let Err(error) = inside(&self.netns, || fs::write(&file, "1")) {
-            tracing::debug!(%file, %error, "the kernel may have no IPv6");
+        match inside(&self.netns, || kernel::set(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1")) {
+            // A kernel without IPv6.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(interface = name, "the host's own IPv6 speaks to the guest: {error}"),
+            Ok(()) => {}
         }
     }
 
