@@ -22,11 +22,19 @@ impl Lab {
 
     /// The same from any lab file.
     pub fn up_from(name: &str, config: &str) -> Self {
+        Self::up_with(name, config, "qemu")
+    }
+
+    /// The same with guests of that kind.
+    pub fn up_with(name: &str, config: &str, guests: &str) -> Self {
         sweep();
         let name = own_name(name, std::process::id());
         let image = std::env::var("VIOLIN_IMAGE").unwrap_or_else(|_| format!("{}/../target/image", env!("CARGO_MANIFEST_DIR")));
         let mut command = Command::new(program("violin"));
-        command.args(["lab", "up", "--config", config, "--name", &name, "--guests", "qemu", "--image", &image]);
+        command.args(["lab", "up", "--config", config, "--name", &name, "--guests", guests]);
+        if guests == "qemu" {
+            command.args(["--image", &image]);
+        }
         // An `up` that fails leaves nothing, and one that is refused must not take down what it found: there is no `Lab` before.
         crate::netns::must(command.stdin(Stdio::null()));
         Self { name }
@@ -65,7 +73,7 @@ impl Lab {
         let mut words = String::new();
         crate::eventually(&format!("move {number} has ended"), Duration::from_secs(120), || {
             let all = self.migrations();
-            let ended = all.get(number - 1).filter(|migration| !migration["ended"].is_null());
+            let ended = all.get(number - 1).filter(|migration| !migration["ended-at"].is_null());
             words = ended.map(|migration| migration["outcome"].to_string()).unwrap_or_default();
             ended.is_some()
         });
@@ -167,10 +175,16 @@ pub struct Restarted(Vec<Child>);
 impl Restarted {
     /// Starts a daemon again as the lab had started it: in that namespace, with the configuration in `dir`.
     pub fn start(&mut self, netns: &str, name: &str, dir: &Path) -> u32 {
+        self.start_through(&[], netns, name, dir)
+    }
+
+    /// The same by a command that takes the daemon's.
+    pub fn start_through(&mut self, through: &[&str], netns: &str, name: &str, dir: &Path) -> u32 {
         let log = std::fs::File::options().create(true).append(true).open(dir.join(format!("{name}.log"))).expect("a log");
         let child = Command::new("nsenter")
             .arg(format!("--net={netns}"))
             .arg("--")
+            .args(through)
             .arg(program(name))
             .arg("--config")
             .arg(dir.join(format!("{name}.toml")))

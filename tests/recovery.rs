@@ -100,7 +100,7 @@ impl Site {
         eventually(&format!("{VM} answers or has moved"), Duration::from_secs(120), || {
             answered =
                 self.lab.command(&["ssh", "three", "c1", "--", "true"]).output().is_ok_and(|output| output.status.success());
-            ended = self.lab.migrations().get(number).is_some_and(|migration| !migration["ended"].is_null());
+            ended = self.lab.migrations().get(number).is_some_and(|migration| !migration["ended-at"].is_null());
             answered || ended
         });
         answered && !ended
@@ -295,7 +295,7 @@ fn every_undo_step_takes_back_what_it_is_for() {
     let mut arriving = None;
     eventually("the second VM of the gang is on its way", Duration::from_secs(90), || {
         arriving = qemu_on(h2, "three-c2");
-        let first = site.lab.migrations().get(2).is_some_and(|first| !first["ended"].is_null());
+        let first = site.lab.migrations().get(2).is_some_and(|first| !first["ended-at"].is_null());
         first && arriving.is_some()
     });
     assert_eq!(site.lab.host_of(VM), "h2", "the first has arrived");

@@ -5,7 +5,7 @@ use crate::records::State;
 use std::fmt::Write as _;
 use std::time::Duration;
 use violin_common::api::adapt::{Migration, Outcome};
-use violin_common::{Instant, VmId};
+use violin_common::{Instant, Utc, VmId};
 
 /// Whether it is known at present how a VM is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,12 +38,13 @@ pub fn why(state: &State, vm: &VmId, sight: Sight, refusals: &[Refusal], now: In
         text.push_str("It was never moved.\n");
     }
     for migration in moves.iter().rev().take(5).rev() {
-        tell(&mut text, migration, now);
+        tell(&mut text, state, migration, now);
     }
     let name = vm.as_str();
     let last = state.decisions.iter().rev().filter(|decision| decision.refusals.iter().any(|words| mentions(words, name)));
     for decision in last.take(1) {
-        let _ = writeln!(text, "Decision {} ({} ago) refused:", decision.number, ago(now, decision.at));
+        let at = state.told_decision(decision).decided_at;
+        let _ = writeln!(text, "Decision {} ({}) refused:", decision.number, when(state, now, at));
         for words in decision.refusals.iter().filter(|words| mentions(words, name)).take(5) {
             let _ = writeln!(text, "  {words}");
         }
@@ -58,7 +59,8 @@ pub fn why(state: &State, vm: &VmId, sight: Sight, refusals: &[Refusal], now: In
     Ok(text)
 }
 
-fn tell(text: &mut String, migration: &Migration, now: Instant) {
+fn tell(text: &mut String, state: &State, migration: &Migration, now: Instant) {
+    let told = state.told(migration);
     let gang = migration.gang.as_ref().map_or_else(String::new, |gang| format!(" with the compute nodes of {gang}"));
     let by = migration.decision.map_or_else(|| "an operator".into(), |number| format!("decision {number}"));
     let how = match &migration.outcome {
@@ -68,9 +70,9 @@ fn tell(text: &mut String, migration: &Migration, now: Instant) {
     };
     let _ = writeln!(
         text,
-        "Move {} ({} ago), {} to {}{gang}, wanted by {by}, {how}.\n  Why: {}.",
+        "Move {} ({}), {} to {}{gang}, wanted by {by}, {how}.\n  Why: {}.",
         migration.number,
-        ago(now, migration.ended.unwrap_or(migration.announced)),
+        when(state, now, told.ended_at.or(told.announced_at)),
         migration.from,
         migration.to,
         migration.reason,
@@ -80,8 +82,11 @@ fn tell(text: &mut String, migration: &Migration, now: Instant) {
     }
 }
 
-fn ago(now: Instant, then: Instant) -> String {
-    format!("{:?}", Duration::from_secs(now.since(then).as_secs()))
+/// When something was, and how long ago that is.
+fn when(state: &State, now: Instant, then: Option<Utc>) -> String {
+    let Some(then) = then else { return "recorded by an earlier version, which did not say when".into() };
+    let ago = state.times.utc(now).map(|now| Duration::from_nanos(now.0.saturating_sub(then.0)).as_secs());
+    format!("{then}, {:?} ago", Duration::from_secs(ago.unwrap_or(0)))
 }
 
 /// Whether a text names a VM, and not one whose name merely begins alike.

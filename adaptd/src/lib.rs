@@ -13,6 +13,7 @@
 pub mod act;
 pub mod adopt;
 pub mod check;
+pub mod clocks;
 pub mod cycle;
 pub mod explain;
 #[cfg(feature = "io")]

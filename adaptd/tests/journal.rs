@@ -5,7 +5,7 @@ use adaptd::plan::{Origin, Plan, PlannedMove, planned};
 use adaptd::policy::Move;
 use adaptd::records::{KEPT, KeptMode, Keys, Life, Record, RecordV1, State, StoredEnvironment, mode_at_start};
 use std::collections::BTreeMap;
-use violin_common::api::adapt::{DecisionSeen, Migration, Mode, Outcome};
+use violin_common::api::adapt::{DecisionSeen, Migration, MigrationSeen, Mode, Outcome};
 use violin_common::config::environment::EnvironmentSpec;
 use violin_common::control::monitor::MigrationMode;
 use violin_common::{Epoch, Instant, VmId};
@@ -535,4 +535,103 @@ fn a_journal_that_cannot_be_written_anew_is_used_as_it_is() {
     assert_eq!(holding(directory.path(), SECRET), ["journal.redb"]);
     drop(Journal::open(&path, Instant(3)).unwrap());
     assert_eq!(holding(directory.path(), SECRET), [""; 0]);
+}
+
+/// Nanoseconds since 1970 at which the clock of a test showed 0.
+const ZERO: u64 = 1_795_745_000_000_000_000;
+
+fn clock(name: &str, at: u64, utc_ns: u64) -> Record {
+    Record::V1(RecordV1::Clock { name: name.into(), at: Instant(at), utc_ns })
+}
+
+#[test]
+fn times_are_told_as_utc_also_after_a_restart_a_reboot_and_a_clock_that_was_set() {
+    const S: u64 = 1_000_000_000;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("adaptd.redb");
+    let at = |number: u64| Instant(number * S);
+    let begins = |number: u64, announced: Instant| {
+        let mut seen = migration(number, Outcome::Running, None);
+        seen.announced = announced;
+        Record::V1(RecordV1::PlanBegins { plan: Box::new(Plan { number, ..plan() }), migrations: vec![seen] })
+    };
+    let ended = |number: u64, began: Instant, ended: Instant| {
+        let seen = Migration { began: Some(began), ..migration(number, Outcome::Done, Some(ended)) };
+        Record::V1(RecordV1::MoveEnded(Box::new(seen)))
+    };
+    let step = |migration: u64, at: Instant| Record::V1(RecordV1::StepBegins { migration, step: 0, at });
+    let mut live = State::default();
+    {
+        let (mut journal, mut state) = Journal::open(&path, at(100)).unwrap();
+        let decision = DecisionSeen {
+            at: at(105),
+            ..match decided(1) {
+                RecordV1::Decided { decision, .. } => *decision,
+                _ => panic!(),
+            }
+        };
+        for record in [
+            clock("boot 1", 100 * S, ZERO),
+            Record::V1(RecordV1::Decided { decision: Box::new(decision), snapshot: String::new() }),
+            begins(1, at(110)),
+            step(1, at(112)),
+            Record::V1(RecordV1::Measured { migration: 1, pause: Some((250.0, 1.5)), gap: None }),
+            ended(1, at(111), at(115)),
+            // The host's time is set, an hour on.
+            clock("boot 1", 116 * S, ZERO + 3616 * S),
+            begins(2, at(120)),
+            step(2, at(121)),
+        ] {
+            journal.append(&record).unwrap();
+            state.apply(&record);
+            live = state.clone();
+        }
+    }
+    // Raw times of a former boot are cut to the present one's.
+    let seen = |state: &State, number: u64| {
+        let told = state.told(&state.migrations[&number]);
+        MigrationSeen { migration: migration(number, Outcome::Done, None), ..told }
+    };
+    let utc = |seconds: u64| Some(violin_common::Utc(ZERO + seconds * S));
+    // The machine is booted anew: its clock begins at 0, and what was under way ends then.
+    let (mut journal, read) = Journal::open(&path, at(7)).unwrap();
+    assert_eq!(seen(&read, 1), seen(&live, 1));
+    let mut state = read;
+    for record in [clock("boot 2", 7 * S, ZERO + 4000 * S), ended(2, at(121), at(9))] {
+        journal.append(&record).unwrap();
+        state.apply(&record);
+    }
+
+    let first = seen(&state, 1);
+    assert_eq!((first.announced_at, first.began_at, first.ended_at), (utc(10), utc(11), utc(15)));
+    assert_eq!(first.total_ms, Some(4000.0));
+    assert_eq!(first.pause.map(|pause| (pause.ms, pause.error_ms)), Some((250.0, 1.5)));
+    assert_eq!(state.told_decision(&state.decisions[0]).decided_at, utc(5));
+    let second = seen(&state, 2);
+    assert_eq!((second.announced_at, second.began_at, second.ended_at), (utc(3620), utc(3621), utc(4002)));
+    assert_eq!(second.total_ms, Some(381_000.0), "a time of one boot was taken from another's");
+    drop(journal);
+    let (_, again) = Journal::open(&path, at(20)).unwrap();
+    assert_eq!((seen(&again, 1), seen(&again, 2)), (first, second));
+}
+
+#[test]
+fn of_what_an_earlier_version_recorded_no_time_is_made_up() {
+    let mut state = State::default();
+    let seen = Migration { began: Some(Instant(7_000_000)), ..migration(1, Outcome::Done, Some(Instant(9_000_000))) };
+    for record in [
+        RecordV1::Generation { generation: 1, at: Instant(1) },
+        decided(1),
+        RecordV1::PlanBegins { plan: Box::new(plan()), migrations: vec![migration(1, Outcome::Running, None)] },
+        RecordV1::MoveEnded(Box::new(seen)),
+    ] {
+        state.apply(&Record::V1(record));
+    }
+    state.apply(&clock("boot 1", 100, ZERO));
+
+    let told = state.told(&state.migrations[&1]);
+
+    assert_eq!((told.announced_at, told.began_at, told.ended_at, told.pause), (None, None, None, None));
+    assert_eq!(told.total_ms, Some(2.0));
+    assert_eq!(state.told_decision(&state.decisions[0]).decided_at, None);
 }

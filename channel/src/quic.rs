@@ -28,12 +28,12 @@ pub mod alpn {
 #[derive(Debug, thiserror::Error)]
 pub enum QuicError {
     /// The socket could not be opened.
-    #[error("could not open UDP {address}: {source}")]
+    #[error("could not open UDP {address}: {why}")]
     Socket {
         /// Where.
         address: SocketAddr,
         /// Why.
-        source: io::Error,
+        why: io::Error,
     },
     /// Certificates.
     #[error(transparent)]
@@ -78,7 +78,7 @@ pub fn listen(
     alpn: &'static [u8],
     timing: Timing,
 ) -> Result<Endpoint, QuicError> {
-    let socket = UdpSocket::bind(address).map_err(|source| QuicError::Socket { address, source })?;
+    let socket = UdpSocket::bind(address).map_err(|why| QuicError::Socket { address, why })?;
     over(socket, credentials, alpn, timing, true)
 }
 
@@ -90,7 +90,7 @@ pub async fn listen_patiently(
     timing: Timing,
 ) -> Result<Endpoint, QuicError> {
     let socket = patiently(address, || UdpSocket::bind(address)).await;
-    over(socket.map_err(|source| QuicError::Socket { address, source })?, credentials, alpn, timing, true)
+    over(socket.map_err(|why| QuicError::Socket { address, why })?, credentials, alpn, timing, true)
 }
 
 /// Opens a port that only calls, of the address family of `remote`. Must be called inside a tokio runtime.
@@ -101,7 +101,7 @@ pub fn dialler(
     timing: Timing,
 ) -> Result<Endpoint, QuicError> {
     let any: SocketAddr = if remote.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
-    let socket = UdpSocket::bind(any).map_err(|source| QuicError::Socket { address: any, source })?;
+    let socket = UdpSocket::bind(any).map_err(|why| QuicError::Socket { address: any, why })?;
     over(socket, credentials, alpn, timing, false)
 }
 
@@ -115,7 +115,7 @@ fn over(
     let server = if called { Some(credentials.server(alpn, timing)?) } else { None };
     let address = socket.local_addr().unwrap_or_else(|_| (Ipv4Addr::UNSPECIFIED, 0).into());
     let quinn = quinn::Endpoint::new(endpoint_config(), server, socket, Arc::new(quinn::TokioRuntime))
-        .map_err(|source| QuicError::Socket { address, source })?;
+        .map_err(|why| QuicError::Socket { address, why })?;
     Ok(Endpoint { quinn, credentials, alpn, timing })
 }
 

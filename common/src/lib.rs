@@ -19,4 +19,4 @@ pub mod wire;
 pub use addr::{MacAddr, Vni};
 pub use epoch::Epoch;
 pub use id::{DomainId, EnvironmentId, HostId, PortId, VmId, is_interface_name, is_label};
-pub use time::Instant;
+pub use time::{Anchor, Instant, Utc};

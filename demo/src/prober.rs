@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use violin_channel::local::blocking;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Event, Migration};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Event, MigrationSeen};
 use violin_common::{MacAddr, VmId};
 use violin_probe::record::RunReport;
 
@@ -193,7 +193,7 @@ impl Shared {
         }
     }
 
-    fn announced(&self, migration: &Migration) {
+    fn announced(&self, migration: &MigrationSeen) {
         let sending = self.send(migration.number, &migration.vm, &[]);
         match sending {
             Ok(sending) => {

@@ -12,7 +12,7 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
-use violin_common::api::adapt::{Migration, Outcome, VmListed};
+use violin_common::api::adapt::{MigrationSeen, Outcome, VmListed};
 use violin_common::control::monitor::Role;
 
 /// One move, as reported.
@@ -81,14 +81,11 @@ pub(crate) struct Report {
     checks: Vec<Check>,
 }
 
-fn moved(migration: &Migration, run: &Run) -> Moved {
-    let span_ms = |from: Option<violin_common::Instant>, to: Option<violin_common::Instant>| {
-        from.zip(to).map(|(from, to)| (to.0 as f64 - from.0 as f64) / 1e6)
-    };
+fn moved(migration: &MigrationSeen, run: &Run) -> Moved {
     let source = migration.source.clone().unwrap_or_default();
     let destination = migration.destination.clone().unwrap_or_default();
-    let downtime_ms = span_ms(source.stopped, destination.resumed);
-    let gap_ms = span_ms(source.last_delivered, destination.first_read);
+    let downtime_ms = migration.pause.map(|pause| pause.ms);
+    let gap_ms = migration.gap.map(|gap| gap.ms);
     let probe = run.probes.get(&migration.number);
     let received = probe.and_then(|probe| probe.as_ref().ok());
     Moved {
@@ -103,7 +100,7 @@ fn moved(migration: &Migration, run: &Run) -> Moved {
         reason: migration.reason.clone(),
         terms: json!(migration.terms),
         outcome: format!("{:?}", migration.outcome),
-        total_ms: span_ms(migration.began, migration.ended),
+        total_ms: migration.total_ms,
         downtime_ms,
         blackout_ms: gap_ms.zip(downtime_ms).map(|(gap, pause)| gap - pause),
         frames_received: received.map(|received| received.report.received),
@@ -153,12 +150,12 @@ fn demand(vms: &[VmListed]) -> Value {
 pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage, recorded: &Recorded) -> Result<Report> {
     let [calm, overloaded, adaptive] = recorded.runs.as_slice() else { anyhow::bail!("three runs were to be played") };
     let migrations: Vec<Moved> = adaptive.migrations.iter().map(|migration| moved(migration, adaptive)).collect();
-    let done: Vec<&Migration> = adaptive.migrations.iter().filter(|migration| migration.outcome == Outcome::Done).collect();
+    let done: Vec<&MigrationSeen> = adaptive.migrations.iter().filter(|migration| migration.outcome == Outcome::Done).collect();
 
     let gang =
         done.iter().find(|migration| migration.gang.is_some() && migration.from_domain != migration.to_domain).map(|first| {
             // Those of one decision: two halves make no gang.
-            let same = |other: &&&Migration| other.gang == first.gang && other.decision == first.decision;
+            let same = |other: &&&MigrationSeen| other.gang == first.gang && other.decision == first.decision;
             let members: BTreeSet<_> = done.iter().filter(same).map(|other| other.vm.to_string()).collect();
             json!({ "environment": first.gang, "from": first.from_domain, "to": first.to_domain, "members": members })
         });
@@ -186,7 +183,7 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
     let unprobed = migrations.iter().filter(|moved| moved.frames_received.unwrap_or(0) == 0).count();
 
     let probed = || {
-        let of = |migration: &'_ Migration| adaptive.probes.get(&migration.number).and_then(|probe| probe.as_ref().ok());
+        let of = |migration: &'_ MigrationSeen| adaptive.probes.get(&migration.number).and_then(|probe| probe.as_ref().ok());
         adaptive.migrations.iter().filter_map(move |migration| Some((migration, of(migration)?)))
     };
 

@@ -15,7 +15,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use violin_common::api::adapt::{AdaptRequest, Migration, Mode, VmListed};
+use violin_common::api::adapt::{AdaptRequest, MigrationSeen, Mode, VmListed};
 
 /// Demand below which a VM counts as idle before a run.
 const IDLE: f64 = 0.3;
@@ -51,7 +51,7 @@ pub(crate) struct Run {
     pub(crate) transfers: Vec<Transfer>,
     /// Moves the manager made during the run.
     #[serde(skip)]
-    pub(crate) migrations: Vec<Migration>,
+    pub(crate) migrations: Vec<MigrationSeen>,
     /// What moved VMs received of the prober's frames, by the move's number.
     #[serde(skip)]
     pub(crate) probes: BTreeMap<u64, Result<Received, String>>,

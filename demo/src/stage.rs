@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use violin_channel::local::blocking;
 use violin_common::MacAddr;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Migration, VmListed};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, MigrationSeen, VmListed};
 use violin_common::config::environment::EnvironmentSpec;
 use violin_lab::LabState;
 
@@ -98,7 +98,7 @@ impl Stage {
     }
 
     /// All moves so far.
-    pub(crate) fn migrations(&self) -> Result<Vec<Migration>> {
+    pub(crate) fn migrations(&self) -> Result<Vec<MigrationSeen>> {
         match self.ask(&AdaptRequest::MigrationList)? {
             AdaptReply::Migrations(migrations) => Ok(migrations),
             other => bail!("got {other:?}, want the list of moves"),

@@ -62,7 +62,7 @@ impl Execution {
     /// Begins a plan: the effects record and announce it. Its first step comes after `notice`.
     pub fn begin(now: Instant, plan: Plan, migrations: Vec<Migration>, notice: Duration) -> (Self, Vec<Effect>) {
         let mut effects = vec![record(RecordV1::PlanBegins { plan: Box::new(plan.clone()), migrations: migrations.clone() })];
-        effects.extend(migrations.iter().cloned().map(|migration| tell(Event::Announced(migration))));
+        effects.extend(migrations.iter().cloned().map(|migration| tell(Event::Announced(migration.into()))));
         let forward = plan.moves.iter().cloned().zip(migrations).map(|(planned, seen)| Run::new(planned, seen)).collect();
         let execution = Self { plan, forward, back: Vec::new(), returning: None, not_before: now + notice, ended: false };
         (execution, effects)
@@ -208,7 +208,7 @@ impl Execution {
             migrations: migrations.clone(),
             why: why.into(),
         }));
-        effects.extend(migrations.into_iter().map(|migration| tell(Event::Announced(migration))));
+        effects.extend(migrations.into_iter().map(|migration| tell(Event::Announced(migration.into()))));
     }
 }
 

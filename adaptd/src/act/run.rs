@@ -190,7 +190,7 @@ impl Run {
     fn tell(&mut self, effects: &mut Vec<Effect>) {
         self.told = true;
         effects.push(record(RecordV1::MoveEnded(Box::new(self.seen.clone()))));
-        effects.push(tell(Event::Ended(self.seen.clone())));
+        effects.push(tell(Event::Ended(self.seen.clone().into())));
     }
 
     pub(super) fn end(&mut self, now: Instant, outcome: Outcome, effects: &mut Vec<Effect>) {
@@ -219,7 +219,7 @@ impl Run {
         self.phase = Phase::Checking { since: now, again: None };
         if self.seen.began.is_none() {
             self.seen.began = Some(now);
-            effects.push(tell(Event::Began(self.seen.clone())));
+            effects.push(tell(Event::Began(self.seen.clone().into())));
         }
         self.ask(&self.planned.to, Ask::Look, effects);
     }

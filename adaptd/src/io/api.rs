@@ -125,10 +125,12 @@ fn at_once(shared: &Shared, request: AdaptRequest) -> Result<AdaptReply, String>
         AdaptRequest::HostUndrain { host } => hosts::drain(shared, &mut world, &host, false)?,
         AdaptRequest::HostForget { host, vms_are_lost } => hosts::forget(shared, &mut world, &host, vms_are_lost)?,
         AdaptRequest::VmList => AdaptReply::Vms(world.list_vms(now, &shared.config, None)),
-        AdaptRequest::MigrationList => AdaptReply::Migrations(world.state.migrations.values().cloned().collect()),
+        AdaptRequest::MigrationList => {
+            AdaptReply::Migrations(world.state.migrations.values().map(|migration| world.state.told(migration)).collect())
+        }
         AdaptRequest::DecisionList { last } => {
             let skip = world.state.decisions.len().saturating_sub(last as usize);
-            AdaptReply::Decisions(world.state.decisions.iter().skip(skip).cloned().collect())
+            AdaptReply::Decisions(world.state.decisions.iter().skip(skip).map(|one| world.state.told_decision(one)).collect())
         }
         AdaptRequest::Why { vm } => {
             let known = world.condition(now, &vm, &shared.config) != Condition::Unknown;
@@ -204,12 +206,13 @@ async fn moved(
         tokio::select! {
             migrations = &mut work => {
                 let migrations = migrations.map_err(|error| format!("carrying out the plan broke off: {error}"))?;
-                return Ok(AdaptReply::Migrations(migrations));
+                let world = shared.world();
+                return Ok(AdaptReply::Migrations(migrations.iter().map(|one| world.state.told(one)).collect()));
             }
             event = events.recv() => {
                 let words = match event {
                     Ok(Event::Began(seen)) => format!("{} leaves {} for {}", seen.vm, seen.from, seen.to),
-                    Ok(Event::Ended(seen)) => match seen.outcome {
+                    Ok(Event::Ended(seen)) => match &seen.outcome {
                         Outcome::Undone(why) => format!("{}: undone: {why}", seen.vm),
                         _ => format!("{} runs on {}", seen.vm, seen.to),
                     },
@@ -238,7 +241,8 @@ async fn abort(shared: &Shared, sink: &Sink<AdaptReply>, vm: &VmId) -> Result<Ad
     tracing::info!("{words}");
     let _ = sink.send(Response::Ok(AdaptReply::Progress(words))).await;
     let seen = || {
-        let seen = shared.world().state.migrations.get(&number).cloned();
+        let world = shared.world();
+        let seen = world.state.migrations.get(&number).map(|migration| world.state.told(migration));
         seen.ok_or_else(|| format!("move {number} of {vm} is no longer on record"))
     };
     let end = async {

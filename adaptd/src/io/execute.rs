@@ -2,18 +2,19 @@
 
 use crate::act::{Ask, AskError, Effect, Execution};
 use crate::cycle::Decision;
-use crate::io::monitors::ask;
+use crate::io::monitors::{ask, read_clock};
 use crate::io::world::{Shared, World};
 use crate::io::{clock, reconcile};
 use crate::plan::Origin;
+use crate::records::RecordV1;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use violin_common::api::adapt::{Migration, Outcome};
+use violin_common::api::adapt::{Event, Migration, Outcome};
 use violin_common::control::monitor::{Answer, Command};
-use violin_common::{HostId, VmId};
+use violin_common::{HostId, Instant, VmId};
 
 /// Time between two looks at the executor's own clocks.
 const TICK: Duration = Duration::from_millis(100);
@@ -59,7 +60,7 @@ pub fn begin(
     for effect in effects {
         match effect {
             Effect::Record(record) => shared.record(world, *record)?,
-            Effect::Tell(event) => shared.tell(*event),
+            Effect::Tell(event) => shared.tell(world.state.told_event(*event)),
             ask @ Effect::Ask { .. } => asks.push(ask),
         }
     }
@@ -123,16 +124,24 @@ fn carry_out(shared: &Arc<Shared>, effect: Effect, answers: &mpsc::UnboundedSend
     match effect {
         Effect::Record(record) => {
             let mut world = shared.world();
+            if let RecordV1::MoveEnded(migration) = &*record
+                && let Some(measured) = measured(&world, migration)
+            {
+                shared.record(&mut world, measured)?;
+            }
             shared.record(&mut world, *record)?;
             drop(world);
             shared.changed();
         }
         Effect::Tell(event) => {
-            if let violin_common::api::adapt::Event::Ended(migration) = &*event {
-                let Migration { number, vm, from, to, outcome, .. } = migration;
-                tracing::info!(migration = number, %vm, %from, %to, ?outcome, "move ended");
+            let event = shared.world().state.told_event(*event);
+            if let Event::Ended(seen) = &event {
+                let Migration { number, vm, from, to, outcome, .. } = &seen.migration;
+                let pause = seen.pause.map(|pause| format!("{:.0} ms +-{:.1}", pause.ms, pause.error_ms));
+                let began = seen.began_at.map(|at| at.to_string());
+                tracing::info!(migration = number, %vm, %from, %to, ?outcome, began, total_ms = seen.total_ms, pause, "move ended");
             }
-            shared.tell(*event);
+            shared.tell(event);
         }
         Effect::Ask { migration, at, vm, ask: question } => {
             let (shared, answers) = (Arc::clone(shared), answers.clone());
@@ -146,6 +155,18 @@ fn carry_out(shared: &Arc<Shared>, effect: Effect, answers: &mpsc::UnboundedSend
         }
     }
     Ok(())
+}
+
+/// What a move's figures of two hosts come to.
+fn measured(world: &World, migration: &Migration) -> Option<RecordV1> {
+    let (source, destination) = (migration.source.as_ref()?, migration.destination.as_ref()?);
+    let span = |from: Option<Instant>, to: Option<Instant>| {
+        let span = world.clocks.between((&migration.from, from?), (&migration.to, to?))?;
+        Some((span.ms, span.error_ms))
+    };
+    let pause = span(source.stopped, destination.resumed);
+    let gap = span(source.last_delivered, destination.first_read);
+    Some(RecordV1::Measured { migration: migration.number, pause, gap })
 }
 
 async fn question_asked(shared: &Shared, at: &HostId, vm: &VmId, question: &Ask) -> Result<Answer, AskError> {
@@ -168,6 +189,10 @@ async fn question_asked(shared: &Shared, at: &HostId, vm: &VmId, question: &Ask)
     };
     let progress = |part: Option<f64>, doing: &str| tracing::debug!(host = %at, ?part, "{doing}");
     let answer = ask(shared, at, &command, Duration::from_secs(limit), progress).await;
+    // Its figures are of a moment ago: the clock that saw them has hardly drifted since.
+    if matches!(answer, Ok(Answer::Migrated(_) | Answer::Arrived(_))) && shared.world().clocks.knows(at) {
+        let _ = read_clock(shared, at, 2).await;
+    }
     if let (Ok(Answer::Prepared { .. }), Command::PrepareIncoming { spec, .. }) = (&answer, &command) {
         shared.world().has_image(spec.image.as_ref(), at);
     }

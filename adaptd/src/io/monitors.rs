@@ -1,6 +1,7 @@
 //! The monitors' connections: reports in, commands out.
 
 use crate::act::AskError;
+use crate::clocks::Reading;
 use crate::io::world::{KnownHost, Shared};
 use crate::io::{clock, reconcile, strays};
 use anyhow::{Context, bail};
@@ -19,6 +20,9 @@ const HELLO: Duration = Duration::from_secs(10);
 /// When a monitor is asked whether it lives, after what it said before has come; and how long that may take.
 const POKE: Duration = Duration::from_millis(150);
 const ANSWER: Duration = Duration::from_secs(2);
+/// How often a host's clock is read at its HELLO, of which the quickest answer counts, and how long after that again.
+const READINGS: u32 = 4;
+const READ_CLOCK: Duration = Duration::from_secs(60);
 
 /// Takes callers for ever.
 pub async fn serve(shared: Arc<Shared>, endpoint: Endpoint) {
@@ -57,6 +61,7 @@ async fn listen_to(shared: &Arc<Shared>, connection: quinn::Connection, identity
     let id = connection.stable_id();
     greet(shared, hello, connection.clone());
     tokio::spawn(reconcile::host(Arc::clone(shared), host.clone()));
+    let keeping = tokio::spawn(keep_clock(Arc::clone(shared), host.clone()));
     let ended = loop {
         match frame::recv::<Report>(&mut reports).await {
             Ok(Some(report)) => take(shared, &host, report),
@@ -64,6 +69,7 @@ async fn listen_to(shared: &Arc<Shared>, connection: quinn::Connection, identity
             Err(error) => break error.to_string(),
         }
     };
+    keeping.abort();
     let mut world = shared.world();
     // A monitor that came back over a new connection is not gone because its old one is.
     if let Some(known) = world.hosts.get_mut(&host)
@@ -186,6 +192,29 @@ fn take(shared: &Arc<Shared>, host: &HostId, report: Report) {
     if news {
         shared.changed();
     }
+}
+
+/// Asks a host for its clock as long as its monitor is connected, or says that it does not know how to tell.
+async fn keep_clock(shared: Arc<Shared>, host: HostId) {
+    let mut times = READINGS;
+    while read_clock(&shared, &host, times).await.is_ok() {
+        tokio::time::sleep(READ_CLOCK).await;
+        times = 1;
+    }
+}
+
+/// Asks a host what its clock shows, so many times.
+pub async fn read_clock(shared: &Shared, host: &HostId, times: u32) -> Result<(), AskError> {
+    for _ in 0..times {
+        let asked = clock::now();
+        match ask(shared, host, &Command::Clock, ANSWER, |_, _| {}).await? {
+            Answer::Clock { at, name } => {
+                shared.world().clocks.read(host, &name, Reading { asked, at, answered: clock::now() });
+            }
+            other => return Err(AskError::Refused(format!("got the answer {other:?} of {host}, want its clock"))),
+        }
+    }
+    Ok(())
 }
 
 /// Asks a host's monitor and waits for its answer; `progress` hears what it says meanwhile. `limit`: longest silence; what

@@ -8,7 +8,7 @@ use crate::io::{api, clock, execute, keys, monitors, reconcile};
 use crate::plan::{Origin, Stamp};
 use crate::policy::Refusal;
 use crate::records::{Life, RecordV1, mode_at_start};
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -37,13 +37,13 @@ pub async fn run(config: AdaptConfig, dry_run: bool, stop: impl Future<Output = 
     if let Err(error) = credentials.must_be_valid(SystemTime::now()) {
         tracing::error!("the certificate will be refused by everybody: {error}");
     }
+    let (journal, state) = Journal::open(&config.journal, clock::now())?;
+    tracing::info!(generation = journal.generation(), environments = state.environments.len(), "journal read");
     let mut stop = std::pin::pin!(stop);
     let endpoint = tokio::select! {
         opened = quic::listen_patiently(config.listen, credentials, quic::alpn::MONITOR, Timing::CALM) => opened?,
         () = &mut stop => return Ok(()),
     };
-    let (journal, state) = Journal::open(&config.journal, clock::now())?;
-    tracing::info!(generation = journal.generation(), environments = state.environments.len(), "journal read");
     let listener = local::bind(&config.socket)?;
     keys::tidy(&config.socket)?;
     for name in journal.gone() {
@@ -63,6 +63,7 @@ pub async fn run(config: AdaptConfig, dry_run: bool, stop: impl Future<Output = 
     }
     let (mode, why) = mode_at_start(dry_run, state.mode, config.mode);
     let shared = Arc::new(Shared::new(config, journal, state, mode));
+    shared.record_time(&mut shared.world()).map_err(|words| anyhow!(words))?;
     let (listen, socket) = (shared.config.listen, shared.config.socket.display());
     tracing::info!(%listen, %socket, ?mode, mode_from = why, "adaptd runs");
     let mut tasks = tokio::task::JoinSet::new();
@@ -95,6 +96,9 @@ async fn cycles(shared: Arc<Shared>) {
     loop {
         period.tick().await;
         let mut world = shared.world();
+        if let Err(words) = shared.record_time(&mut world) {
+            tracing::error!("{words}");
+        }
         if let Err(words) = once(&shared, &mut world, clock::now()) {
             tracing::error!("{words}");
         }
@@ -166,7 +170,7 @@ fn busy(world: &World, environment: &EnvironmentId, life: Life) -> Option<Refusa
 fn write_down(shared: &Shared, world: &mut World, seen: DecisionSeen, snapshot: String) -> Result<(), String> {
     tracing::info!(decision = seen.number, mode = ?seen.mode, moves = ?seen.moves, "{}", seen.reason);
     shared.record(world, RecordV1::Decided { decision: Box::new(seen.clone()), snapshot })?;
-    shared.tell(Event::Decided(seen));
+    shared.tell(Event::Decided(world.state.told_decision(&seen)));
     Ok(())
 }
 

@@ -1,6 +1,8 @@
 //! What the manager knows, and the one lock around it.
 
+use crate::clocks::Clocks;
 use crate::cycle::Settling;
+use crate::io::clock;
 use crate::io::journal::Journal;
 use crate::io::progress::Progress;
 use crate::io::strays::Stray;
@@ -18,6 +20,9 @@ use violin_common::api::adapt::{Condition, Event, HostSeen, Mode, VmListed};
 use violin_common::config::adapt::{AdaptConfig, Policy};
 use violin_common::control::monitor::{Command, Hello, ImageDigest, VmState};
 use violin_common::{EnvironmentId, HostId, Instant, VmId};
+
+/// Difference in nanoseconds from which on the host's time was set, rather than its clocks drifted.
+const CLOCK_SET: u64 = 1_000_000_000;
 
 /// A host that said HELLO since this manager started.
 #[derive(Debug)]
@@ -87,6 +92,8 @@ pub struct World {
     pub refusals: Vec<Refusal>,
     /// What was last written of that.
     pub refusals_written: (BTreeSet<Refusal>, Instant),
+    /// Hosts' clocks.
+    pub clocks: Clocks,
 }
 
 /// Shared by all tasks.
@@ -132,6 +139,7 @@ impl Shared {
             giving_up: BTreeSet::new(),
             refusals: Vec::new(),
             refusals_written: (BTreeSet::new(), Instant(0)),
+            clocks: Clocks::new(violin_channel::clock::name()),
         };
         let (events, changes, fatal) = (broadcast::channel(1024).0, watch::channel(0).0, watch::channel(None).0);
         let (give_up, ending) = (broadcast::channel(64).0, watch::channel(false).0);
@@ -164,6 +172,15 @@ impl Shared {
         }
         world.state.apply(&record);
         Ok(())
+    }
+
+    /// Records what time it is on this manager's clock, if that was not said yet or is not so any more: the host's time may be set.
+    pub fn record_time(&self, world: &mut World) -> Result<(), String> {
+        let (at, utc) = (clock::now(), violin_channel::clock::utc());
+        if world.state.times.utc(at).is_some_and(|known| known.0.abs_diff(utc.0) < CLOCK_SET) {
+            return Ok(());
+        }
+        self.record(world, RecordV1::Clock { name: violin_channel::clock::name(), at, utc_ns: utc.0 })
     }
 }
 

@@ -4,11 +4,13 @@
 //! a restart that reads the records again arrives at the same state. Enums only ever grow at their end.
 
 mod state;
+mod times;
 
 use crate::plan::Plan;
 use serde::{Deserialize, Serialize};
 pub use state::{Abandoned, Goal, KEPT, KnownEnvironment, KnownVm, Life, State, Unfinished, vm_spec};
 use std::collections::BTreeMap;
+pub use times::{MoveTimes, Times};
 use violin_common::api::adapt::{DecisionSeen, Migration, Mode};
 use violin_common::config::environment::EnvironmentSpec;
 use violin_common::control::monitor::ImageDigest;
@@ -143,6 +145,24 @@ pub enum RecordV1 {
     },
     /// An operator has said that a host is gone for good, with whatever runs there.
     HostForgotten(HostId),
+    /// What time it is: times recorded from here on are of this clock.
+    Clock {
+        /// The clock's name.
+        name: String,
+        /// What it shows.
+        at: Instant,
+        /// Nanoseconds since 1970, in UTC.
+        utc_ns: u64,
+    },
+    /// Spans of a move between two hosts, each with how far off it may be, in milliseconds; none: it could not be measured.
+    Measured {
+        /// Number of the migration.
+        migration: u64,
+        /// From its stop at the source to its start at the destination.
+        pause: Option<(f64, f64)>,
+        /// From the last frame delivered there to the first one read here.
+        gap: Option<(f64, f64)>,
+    },
 }
 
 /// A mode an operator set, kept over restarts.

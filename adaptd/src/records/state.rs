@@ -1,6 +1,6 @@
 //! The state the records add up to: environments, VMs, decisions, moves.
 
-use super::{KeptMode, Record, RecordV1, StoredEnvironment};
+use super::{KeptMode, Record, RecordV1, StoredEnvironment, Times};
 use crate::plan::Plan;
 use std::collections::{BTreeMap, BTreeSet};
 use violin_common::api::adapt::{DecisionSeen, Migration, Outcome};
@@ -112,12 +112,15 @@ pub struct State {
     pub plans: u64,
     /// Highest incarnation of every owned MAC ever started.
     pub incarnations: BTreeMap<(Vni, MacAddr), u32>,
+    /// When moves and decisions were.
+    pub times: Times,
 }
 
 impl State {
     /// Takes in one record.
     pub fn apply(&mut self, record: &Record) {
         let Record::V1(record) = record;
+        self.times.apply(record);
         match record {
             RecordV1::Generation { generation, at } => {
                 self.generation = *generation;
@@ -197,6 +200,7 @@ impl State {
                 self.decisions.push((**decision).clone());
                 let excess = self.decisions.len().saturating_sub(KEPT);
                 self.decisions.drain(..excess);
+                self.forget_old_times();
             }
             RecordV1::PlanBegins { plan, migrations } => {
                 self.plans = self.plans.max(plan.number);
@@ -224,6 +228,7 @@ impl State {
                     self.count_missed(&ended.plan);
                     let at = ended.plan.moves.iter().filter_map(|moved| self.migrations.get(&moved.migration)?.ended).max();
                     self.forget_old_migrations();
+                    self.forget_old_times();
                     if let Some(environment) = ended.plan.gang.and_then(|name| self.environments.get_mut(&name)) {
                         environment.moved = at.or(environment.moved);
                     }
@@ -245,6 +250,7 @@ impl State {
             RecordV1::HostDrains { host, on: false } => drop(self.draining.remove(host)),
             RecordV1::HostForgotten(host) => self.abandon(host),
             RecordV1::ModeSet(kept) => self.mode = Some(*kept),
+            RecordV1::Clock { .. } | RecordV1::Measured { .. } => {}
         }
     }
 

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 use violin_channel::quic::{self, alpn};
 use violin_channel::tls::{Credentials, Timing};
 use violin_channel::{frame, local};
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Migration, Outcome};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, MigrationSeen, Outcome};
 use violin_common::config::Tls;
 use violin_common::control::monitor::{
     Answer, Command, DestinationFigures, Hello, HostSample, Observation, PROTOCOL, Report, SourceFigures, VmSample, VmSeen,
@@ -333,7 +333,7 @@ impl Deployment {
             .collect()
     }
 
-    pub(crate) fn migrations(&self) -> Vec<Migration> {
+    pub(crate) fn migrations(&self) -> Vec<MigrationSeen> {
         match self.ask_blocking(&AdaptRequest::MigrationList) {
             Ok(AdaptReply::Migrations(list)) => list,
             _ => Vec::new(),

@@ -1,11 +1,12 @@
 //! `decisions`, `migrations`, `why`, `mode`, `watch`: what the manager thinks and does.
 
-use crate::table::{Output, say};
+use super::times::without_raw;
+use crate::table::{Output, or_dash, say};
 use crate::target::Target;
 use anyhow::{Result, bail};
 use std::ops::ControlFlow;
-use violin_common::VmId;
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, DecisionSeen, Event, Migration, Mode, Outcome};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, DecisionTold, Event, MigrationSeen, Mode, Outcome};
+use violin_common::{Utc, VmId};
 
 /// What the manager does with its decisions.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -63,7 +64,7 @@ pub(crate) fn decisions(target: &Target, output: Output, last: u32) -> Result<()
         bail!("the manager answered another question")
     };
     if output.json {
-        return output.value(&decisions);
+        return output.value(&without_raw(&decisions)?);
     }
     for decision in &decisions {
         print_decision(decision);
@@ -74,8 +75,9 @@ pub(crate) fn decisions(target: &Target, output: Output, last: u32) -> Result<()
     Ok(())
 }
 
-fn print_decision(decision: &DecisionSeen) {
-    say!("decision {} ({}, {}): {}", decision.number, decision.policy, word(decision.mode), decision.reason);
+fn print_decision(decision: &DecisionTold) {
+    let (number, at) = (decision.number, or_dash(decision.decided_at));
+    say!("decision {number} of {at} ({}, {}): {}", decision.policy, word(decision.mode), decision.reason);
     for line in &decision.moves {
         say!("  move    {line}");
     }
@@ -110,15 +112,16 @@ pub(crate) fn watch(target: &Target, output: Output) -> Result<()> {
     let print = |reply| {
         let AdaptReply::Event(event) = reply else { return ControlFlow::Continue(()) };
         if output.json {
-            match serde_json::to_string(&event) {
+            match without_raw(&event) {
                 Ok(line) => say!("{line}"),
                 Err(error) => eprintln!("event not printable: {error}"),
             }
             return ControlFlow::Continue(());
         }
-        let told = |what: &str, migration: &Migration| {
+        let told = |what: &str, at: Option<Utc>, migration: &MigrationSeen| {
             say!(
-                "{what} move {}: {} {} -> {} ({})",
+                "{} {what} move {}: {} {} -> {} ({})",
+                or_dash(at),
                 migration.number,
                 migration.vm,
                 migration.from,
@@ -128,10 +131,10 @@ pub(crate) fn watch(target: &Target, output: Output) -> Result<()> {
         };
         match &event {
             Event::Decided(decision) => print_decision(decision),
-            Event::Announced(migration) => told("announced", migration),
-            Event::Began(migration) => told("began", migration),
+            Event::Announced(migration) => told("announced", migration.announced_at, migration),
+            Event::Began(migration) => told("began", migration.began_at, migration),
             Event::Ended(migration) => {
-                told("ended", migration);
+                told("ended", migration.ended_at, migration);
                 if let Outcome::Undone(why) = &migration.outcome {
                     say!("  undone  {why}");
                 }

@@ -7,4 +7,5 @@ pub(crate) mod lab;
 pub(crate) mod pki;
 pub(crate) mod reach;
 pub(crate) mod switch;
+pub(crate) mod times;
 pub(crate) mod vm;

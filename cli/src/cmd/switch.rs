@@ -1,5 +1,6 @@
 //! `port`, `peer`, `fdb`, `counters`: what switches have and know.
 
+use super::times::without_raw;
 use crate::table::{Output, joined, or_dash};
 use crate::target::Target;
 use anyhow::{Context, Result, bail};
@@ -64,7 +65,11 @@ fn each<T: Serialize, const N: usize>(
     if all.is_empty() && !silent.is_empty() {
         bail!("no answer of {}", silent.join(" "));
     }
-    output.list(&all, head, row)?;
+    if output.json {
+        output.value(&without_raw(&all)?)?;
+    } else {
+        output.list(&all, head, row)?;
+    }
     if silent.is_empty() { Ok(()) } else { bail!("no answer of {}; the others are above", silent.join(" ")) }
 }
 

@@ -1,9 +1,10 @@
 //! `host`, `vm`: what there is and where it runs.
 
+use super::times::without_raw;
 use crate::table::{Output, joined, or_dash, percent, say};
 use crate::target::Target;
 use anyhow::{Result, bail};
-use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, Migration, Outcome, StraySeen, VmListed};
+use violin_common::api::adapt::{AdaptReply, AdaptRequest, Condition, MigrationSeen, Outcome, StraySeen, VmListed};
 use violin_common::{HostId, VmId};
 
 /// `violin vm …`
@@ -183,20 +184,24 @@ pub(crate) fn print_strays(output: Output, strays: &[StraySeen]) -> Result<()> {
 }
 
 /// Prints moves as a table.
-pub(crate) fn print_migrations(output: Output, migrations: &[Migration]) -> Result<()> {
-    output.list(migrations, ["NO", "VM", "FROM", "TO", "GANG", "TOTAL", "PAUSE", "OUTCOME", "REASON"], |migration| {
-        let total = migration.began.zip(migration.ended).map(|(began, ended)| ended.since(began));
-        let stopped = migration.source.as_ref().and_then(|source| source.stopped);
-        let resumed = migration.destination.as_ref().and_then(|destination| destination.resumed);
-        let pause = stopped.zip(resumed).map(|(stopped, resumed)| resumed.since(stopped));
+pub(crate) fn print_migrations(output: Output, migrations: &[MigrationSeen]) -> Result<()> {
+    if output.json {
+        return output.value(&without_raw(&migrations)?);
+    }
+    output.list(migrations, ["NO", "BEGAN", "VM", "FROM", "TO", "GANG", "TOTAL", "PAUSE", "OUTCOME", "REASON"], |migration| {
+        let pause = migration.pause.map(|pause| match pause.error_ms {
+            error if error < 0.5 => format!("{:.0} ms", pause.ms),
+            error => format!("{:.0} ms ±{error:.0}", pause.ms),
+        });
         [
             migration.number.to_string(),
+            or_dash(migration.began_at.or(migration.announced_at)),
             migration.vm.to_string(),
             format!("{} ({})", migration.from, migration.from_domain),
             format!("{} ({})", migration.to, migration.to_domain),
             or_dash(migration.gang.as_ref()),
-            or_dash(total.map(|span| format!("{:.2} s", span.as_secs_f64()))),
-            or_dash(pause.map(|span| format!("{:.0} ms", span.as_secs_f64() * 1e3))),
+            or_dash(migration.total_ms.map(|ms| format!("{:.2} s", ms / 1e3))),
+            or_dash(pause),
             match &migration.outcome {
                 Outcome::Running => "running".to_owned(),
                 Outcome::Done => "done".to_owned(),
@@ -243,7 +248,7 @@ pub(crate) fn run(target: &Target, output: Output, command: Vm) -> Result<()> {
 }
 
 /// Prints moves that have ended; an error if one did not happen, so that scripts see it.
-pub(crate) fn finished(output: Output, migrations: &[Migration]) -> Result<()> {
+pub(crate) fn finished(output: Output, migrations: &[MigrationSeen]) -> Result<()> {
     print_migrations(output, migrations)?;
     let undone = migrations.iter().filter(|migration| migration.outcome != Outcome::Done).count();
     if undone > 0 {

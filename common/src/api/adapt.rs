@@ -3,10 +3,11 @@
 use crate::api::switch::{SwitchReply, SwitchRequest};
 use crate::config::environment::EnvironmentSpec;
 use crate::control::monitor::{DestinationFigures, ImageDigest, Role, SourceFigures, VmState};
-use crate::{DomainId, EnvironmentId, HostId, Instant, VmId, Vni};
+use crate::{DomainId, EnvironmentId, HostId, Instant, Utc, VmId, Vni};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::ops::Deref;
 
 /// What the manager does with its decisions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -404,13 +405,83 @@ pub struct Migration {
     pub destination: Option<DestinationFigures>,
 }
 
+/// A span of time, and how far off it may be.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Span {
+    /// In milliseconds.
+    pub ms: f64,
+    /// At most this much more or less, in milliseconds: 0 where one clock saw both ends.
+    pub error_ms: f64,
+}
+
+/// A move as told. Times of its [`Migration`] are of clocks of the manager and of hosts; what can be said of them elsewhere stands
+/// beside them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationSeen {
+    /// The move.
+    #[serde(flatten)]
+    pub migration: Migration,
+    /// When its plan was announced; none, as for what follows: it was recorded by a version that did not tell.
+    #[serde(default)]
+    pub announced_at: Option<Utc>,
+    /// When its first step began.
+    #[serde(default)]
+    pub began_at: Option<Utc>,
+    /// When it ended.
+    #[serde(default)]
+    pub ended_at: Option<Utc>,
+    /// From its first step to its end, in milliseconds.
+    #[serde(default)]
+    pub total_ms: Option<f64>,
+    /// From the source's hypervisor stopping the VM to the destination's running it.
+    #[serde(default)]
+    pub pause: Option<Span>,
+    /// From the last frame delivered at the source to the first one read at the destination.
+    #[serde(default)]
+    pub gap: Option<Span>,
+}
+
+impl From<Migration> for MigrationSeen {
+    fn from(migration: Migration) -> Self {
+        Self { migration, announced_at: None, began_at: None, ended_at: None, total_ms: None, pause: None, gap: None }
+    }
+}
+
+impl Deref for MigrationSeen {
+    type Target = Migration;
+    fn deref(&self) -> &Migration {
+        &self.migration
+    }
+}
+
+/// A decision as told.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DecisionTold {
+    /// The decision.
+    #[serde(flatten)]
+    pub decision: DecisionSeen,
+    /// When it was taken; none: it was recorded by a version that did not tell.
+    #[serde(default)]
+    pub decided_at: Option<Utc>,
+}
+
+impl Deref for DecisionTold {
+    type Target = DecisionSeen;
+    fn deref(&self) -> &DecisionSeen {
+        &self.decision
+    }
+}
+
 /// What the manager thought in one cycle that changed something or refused something.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct DecisionSeen {
     /// Counts up.
     pub number: u64,
-    /// When.
+    /// When, on the manager's clock.
     pub at: Instant,
     /// What was done with it.
     pub mode: Mode,
@@ -431,13 +502,13 @@ pub struct DecisionSeen {
 #[serde(rename_all = "kebab-case")]
 pub enum Event {
     /// A decision was taken.
-    Decided(DecisionSeen),
+    Decided(DecisionTold),
     /// A move was announced; its first step follows after the configured notice.
-    Announced(Migration),
+    Announced(MigrationSeen),
     /// Its first step began.
-    Began(Migration),
+    Began(MigrationSeen),
     /// It ended.
-    Ended(Migration),
+    Ended(MigrationSeen),
     /// A host came or went.
     Host {
         /// Which.
@@ -467,9 +538,9 @@ pub enum AdaptReply {
     /// To `StrayList`.
     Strays(Vec<StraySeen>),
     /// To `MigrationList`, `VmMigrate`, `EnvMove`.
-    Migrations(Vec<Migration>),
+    Migrations(Vec<MigrationSeen>),
     /// To `DecisionList`.
-    Decisions(Vec<DecisionSeen>),
+    Decisions(Vec<DecisionTold>),
     /// To `Why`.
     Words(String),
     /// To `Access`.

@@ -348,6 +348,8 @@ pub enum Command {
         /// Which; one that is not here is a failure.
         vm: VmId,
     },
+    /// Answered at once by [`Answer::Clock`]; by no answer of a monitor that is older than this command.
+    Clock,
 }
 
 /// Figures of a move, all times on the host's monotonic clock in nanoseconds.
@@ -425,5 +427,12 @@ pub enum Answer {
         spec: Box<VmSpec>,
         /// Highest epoch known of it.
         epoch: Option<Epoch>,
+    },
+    /// To `Clock`.
+    Clock {
+        /// What the host's monotonic clock shows.
+        at: Instant,
+        /// The clock's name: no other clock has it, of no other machine, boot or time namespace.
+        name: String,
     },
 }

@@ -204,6 +204,7 @@ impl Monitor {
             }
             Command::List => self.list().map(Answer::Vms),
             Command::Describe { vm } => self.describe(&vm),
+            Command::Clock => Ok(Answer::Clock { at: crate::io::clock::now(), name: violin_channel::clock::name() }),
             Command::Switch(request) => {
                 let mut reply = self.switch.ask(&request).map_err(|error| error.to_string());
                 // The monitor has no socket of its own: what it counts stands beside what its switch does.

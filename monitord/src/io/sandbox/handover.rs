@@ -95,7 +95,7 @@ impl Sandbox {
         let running = clock::now();
         inner.tell(vm, Change::Running);
         self.watch(vm, guest.init);
-        inner.store.write_marker(vm, &inner.here(), &Marker { from: inner.end(), to: None, running: Some(running) })
+        inner.store.write_marker(vm, &inner.here(), &Marker::running(inner.end(), running))
     }
 
     /// Tells when a guest ends by itself, once for each.
@@ -181,7 +181,7 @@ impl Sandbox {
         let netns = File::open(&target.end.netns).map_err(|error| {
             io::Error::other(format!("opening the destination's namespace {}: {error}", target.end.netns.display()))
         })?;
-        let marker = Marker { from: inner.end(), to: Some(target.end.clone()), running: None };
+        let marker = Marker { from: inner.end(), to: Some(target.end.clone()), running: None, clock: None };
         inner.store.write_marker(vm, &inner.here(), &marker)?;
         let groups = inner.groups_below(vm, target.partition.as_deref());
         if groups.moves_running() {
@@ -220,13 +220,18 @@ impl Sandbox {
             }
             if place.as_ref() != Some(&offered) {
                 // A marker elsewhere altogether means that it has moved on meanwhile.
+                let own = violin_channel::clock::name();
                 let running = match &place {
-                    Some(at) if at == &taken => self.0.store.marker(vm, at).map_or(None, |marker| marker.running),
-                    _ => Some(clock::now()),
+                    Some(at) if at == &taken => {
+                        self.0.store.marker(vm, at).ok().and_then(|marker| Some((marker.running?, marker.clock)))
+                    }
+                    _ => Some((clock::now(), Some(own.clone()))),
                 };
-                if let Some(running) = running {
-                    let downtime = running.since(stopped).as_secs_f64() * 1000.0;
-                    return Ok(MoveStatistics { copied_bytes: None, downtime_ms: Some(downtime), verbatim: Vec::new() });
+                if let Some((running, clock)) = running {
+                    // A monitor of another time namespace reads another clock.
+                    let same_clock = clock.is_some_and(|clock| clock == own);
+                    let downtime_ms = same_clock.then(|| running.since(stopped).as_secs_f64() * 1000.0);
+                    return Ok(MoveStatistics { copied_bytes: None, downtime_ms, verbatim: Vec::new() });
                 }
                 if begun.elapsed() > RUN_LIMIT {
                     tracing::error!(vm = %vm, host = %target.end.host, "the destination owns the guest but does not run it");

@@ -201,7 +201,7 @@ impl Inner {
             std::io::Error::other(format!("{} ended at once; its console says {said:?}", program.display()))
         })?;
         let guest = Guest { spec: spec.clone(), init, started, interface: interface.to_owned() };
-        self.store.add(&guest, &Marker { from: self.end(), to: None, running: Some(clock::now()) })?;
+        self.store.add(&guest, &Marker::running(self.end(), clock::now()))?;
         fs::remove_file(dir.join(format!("starting.{}", self.config.host)))?;
         Ok(guest)
     }

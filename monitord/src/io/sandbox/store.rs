@@ -50,6 +50,16 @@ pub(crate) struct Marker {
     pub to: Option<End>,
     /// When it began to run at the place the marker names; none while it does not.
     pub running: Option<Instant>,
+    /// The clock that says so: see [`violin_channel::clock::name`]; none: a monitor of an earlier version wrote it.
+    #[serde(default)]
+    pub clock: Option<String>,
+}
+
+impl Marker {
+    /// Of a guest that runs since then, on this host's clock.
+    pub(crate) fn running(from: End, since: Instant) -> Self {
+        Self { from, to: None, running: Some(since), clock: Some(violin_channel::clock::name()) }
+    }
 }
 
 /// Whose a guest is.
@@ -220,7 +230,7 @@ mod tests {
     }
 
     fn marker() -> Marker {
-        Marker { from: End { host: "h1".parse().unwrap(), netns: "/x".into() }, to: None, running: None }
+        Marker { from: End { host: "h1".parse().unwrap(), netns: "/x".into() }, to: None, running: None, clock: None }
     }
 
     #[test]
