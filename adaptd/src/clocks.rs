@@ -79,7 +79,7 @@ impl Clocks {
         let offsets = known.readings.iter().map(|reading| reading.offset(at));
         let (low, high) = offsets.clone().reduce(|all, one| (all.0.max(one.0), all.1.min(one.1)))?;
         // Readings that contradict each other: that machine was suspended in between. The last one is of now.
-        let (low, high) = if low <= high { (low, high) } else { offsets.last()? };
+        let (low, high) = if low <= high { (low, high) } else { offsets.clone().next_back()? };
         Some((shown + low, shown + high))
     }
 
