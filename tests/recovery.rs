@@ -1,14 +1,18 @@
 //! What dies around a move of a real VM: the manager, a switch or a monitor in the middle of it, the destination's libvirtd
 //! before it. VMs are counted by QEMU processes, not by our own journal.
 
+use nix::sys::signal::{Signal, kill as kill_with};
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use violin_lab::{HostState, LabState, ProcessId};
 use violin_tests::eventually;
 use violin_tests::guests::{Lab, Restarted, kill, qemu_on};
+use violin_tests::netns::must;
 
 const VM: &str = "three-c1";
+/// Patience with what must come, on a machine that has much else to do.
+const SLOWLY: Duration = Duration::from_secs(240);
 
 /// Two domains whose WAN is slow enough that a move takes several seconds: time to kill something in its middle.
 const SLOW: &str = "
@@ -58,30 +62,44 @@ impl Site {
         self.state.hosts.iter().find(|host| host.host.as_str() == name).expect("a host of the lab")
     }
 
-    /// Begins a move; returns when memory is being copied: its switch has granted, the destination's QEMU is there.
+    /// Begins a move; returns when memory is about to be copied: its switch has granted, the destination's QEMU is there.
     fn begin(&self, to: &str) -> Child {
-        let (from, there) = (self.lab.host_of(VM), self.host(to));
-        let mut command = self.lab.command(&["vm", "migrate", VM, "--to", to]);
-        let moving = command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().expect("violin runs");
-        eventually("the move is under way", Duration::from_secs(60), || {
-            qemu_on(there, VM).is_some() && self.port_state(&from).as_deref() == Some("granted")
-        });
+        let (moving, held) = self.begin_held(to);
+        drop(held);
         moving
     }
 
-    /// Begins a move; returns once the VM's MAC is in `state` at the source (`"source"`) or the destination, `None` if that
-    /// was too short to be seen.
-    fn begin_until(&self, to: &str, end: &str, state: &str) -> Option<Child> {
-        let from = self.lab.host_of(VM);
-        let at = if end == "source" { from.as_str() } else { to };
+    /// Likewise, and holds it there until the second value is dropped.
+    fn begin_held(&self, to: &str) -> (Child, Held) {
+        let (from, there) = (self.lab.host_of(VM), self.host(to));
+        let held = Held::copying_to(there);
         let mut command = self.lab.command(&["vm", "migrate", VM, "--to", to]);
-        let mut moving = command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().expect("violin runs");
-        let mut seen = false;
-        eventually(&format!("{VM} is {state} at the {end} or has moved"), Duration::from_secs(120), || {
-            seen = self.port_state(at).as_deref() == Some(state);
-            seen || moving.try_wait().expect("violin is ours").is_some()
+        let moving = command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().expect("violin runs");
+        eventually("the move is under way", SLOWLY, || {
+            qemu_on(there, VM).is_some() && self.port_state(&from).as_deref() == Some("granted")
         });
-        seen.then_some(moving)
+        (moving, held)
+    }
+
+    /// Begins a move and holds it where the VM's MAC is in `state` at the source (`"source"`) or the destination.
+    fn begin_until(&self, to: &str, end: &str, state: &str) -> (Child, Held) {
+        let from = self.lab.host_of(VM);
+        let (moving, copying) = self.begin_held(to);
+        let (held, copying) = match (end, state) {
+            // Its port waits as long as the VM has not come.
+            ("destination", "prepared") => (copying, None),
+            // The source's port is fenced until the destination's switch says that the VM runs there.
+            ("source", "fenced") => (Held::process(running(self.host(to), "switchd")), Some(copying)),
+            // What the source's monitor would clear away, and the move's end, wait for that one.
+            ("source", "gone") | ("destination", "owned") => {
+                (Held::process(running(self.host(&from), "monitord")), Some(copying))
+            }
+            other => panic!("got {other:?}, want a state that can be held"),
+        };
+        drop(copying);
+        let at = if end == "source" { from.as_str() } else { to };
+        eventually(&format!("{VM} is {state} at the {end}"), SLOWLY, || self.port_state(at).as_deref() == Some(state));
+        (moving, held)
     }
 
     /// State of the VM's MAC at its port on a host, if it has one there. Asks the switch itself: some states are short.
@@ -127,6 +145,42 @@ impl Drop for Site {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("{}", self.logs());
+        }
+    }
+}
+
+/// Something that holds a move at a point; dropped, it lets it go.
+#[derive(Debug)]
+enum Held {
+    /// Memory is not copied: a host takes no connection for it. Its network namespace.
+    Copying(String),
+    /// A process is stopped.
+    Process(nix::unistd::Pid),
+}
+
+impl Held {
+    fn copying_to(host: &HostState) -> Self {
+        let netns = host.netns_path();
+        let rules = "table inet held { chain in { type filter hook input priority 0; tcp dport 49152-49215 drop; }; }";
+        must(Command::new("nsenter").arg(format!("--net={netns}")).args(["nft", rules]));
+        Self::Copying(netns)
+    }
+
+    fn process(pid: u32) -> Self {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).expect("a process id"));
+        kill_with(pid, Signal::SIGSTOP).expect("the lab's own process can be stopped");
+        Self::Process(pid)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        match self {
+            Self::Copying(netns) => {
+                let words = ["nft", "delete", "table", "inet", "held"];
+                let _ = Command::new("nsenter").arg(format!("--net={netns}")).args(words).output();
+            }
+            Self::Process(pid) => drop(kill_with(*pid, Signal::SIGCONT)),
         }
     }
 }
@@ -207,18 +261,12 @@ fn a_switch_or_monitor_killed_in_a_move_leaves_the_vm_running_once() {
 fn a_switch_killed_in_any_state_of_a_move_leaves_the_vm_running_once() {
     let mut site = Site::up("test-states");
     for (end, state) in [("destination", "prepared"), ("source", "fenced"), ("source", "gone"), ("destination", "owned")] {
-        let (mut moving, mut from, mut to) = (None, String::new(), "");
-        for _ in 0..5 {
-            from = site.lab.host_of(VM);
-            to = if from == "h1" { "h2" } else { "h1" };
-            moving = site.begin_until(to, end, state);
-            if moving.is_some() {
-                break;
-            }
-        }
-        let mut moving = moving.unwrap_or_else(|| panic!("{state} at the {end} was not seen in five moves"));
+        let from = site.lab.host_of(VM);
+        let to = if from == "h1" { "h2" } else { "h1" };
+        let (mut moving, held) = site.begin_until(to, end, state);
         let victim = site.host(if end == "source" { &from } else { to }).clone();
         kill(running(&victim, "switchd"));
+        drop(held);
         site.restarted.start(&victim.netns_path(), "switchd", &victim.dir);
         let began = Instant::now();
         let number = site.lab.migrations().len();
