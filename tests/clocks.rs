@@ -47,10 +47,10 @@ fn restart(lab: &Lab, restarted: &mut Restarted, host: &HostState, earlier_s: &s
     assert_ne!(slow, text, "the lab's file has another form: {text}");
     std::fs::write(&file, slow).unwrap();
     kill(pid(host.monitord.as_ref()));
-    eventually("its manager misses it", Duration::from_secs(120), || !connected(lab, host));
+    eventually("its manager misses it", violin_tests::PATIENCE, || !connected(lab, host));
     let through = ["unshare", "--time", "--monotonic", earlier_s, "--fork", "--kill-child", "--"];
     restarted.start_through(&through, &host.netns_path(), "monitord", &host.dir);
-    eventually("it is back", Duration::from_secs(120), || connected(lab, host));
+    eventually("it is back", violin_tests::PATIENCE, || connected(lab, host));
 }
 
 fn pid(process: Option<&ProcessId>) -> u32 {
@@ -113,7 +113,7 @@ fn a_move_between_hosts_booted_at_different_times_has_a_true_pause_and_utc_over_
 
     kill(pid(state.adaptd.process.as_ref()));
     restarted.start(&state.adaptd.netns_path(), "adaptd", Path::new(&state.adaptd.dir));
-    eventually("the manager answers", Duration::from_secs(120), || {
+    eventually("the manager answers", violin_tests::PATIENCE, || {
         lab.command(&["--json", "migrations"]).output().is_ok_and(|output| output.status.success())
     });
 

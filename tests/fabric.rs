@@ -67,7 +67,7 @@ impl Fabric {
         for index in 0..count {
             fabric.start_switch(index);
         }
-        fabric.wait_mesh(Duration::from_secs(15));
+        fabric.wait_mesh(crate::PATIENCE);
         fabric
     }
 
@@ -121,7 +121,7 @@ impl Fabric {
         command.arg("--config").arg(&host.config).stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
         host.switch = Some(command.spawn().expect("switchd starts"));
         let host = &self.hosts[index];
-        eventually(&format!("switchd of {} answers (log: {})", host.name, host.log()), Duration::from_secs(10), || {
+        eventually(&format!("switchd of {} answers (log: {})", host.name, host.log()), crate::PATIENCE, || {
             host.try_ask(&SwitchRequest::Status).is_ok()
         });
     }
@@ -143,7 +143,7 @@ impl Fabric {
             host.ask(SwitchRequest::NetworkAdd(spec.clone()));
         }
         for host in &self.hosts {
-            eventually(&format!("{} knows who carries {:?}", host.name, spec.vni), Duration::from_secs(5), || {
+            eventually(&format!("{} knows who carries {:?}", host.name, spec.vni), crate::PATIENCE, || {
                 matches!(host.ask(SwitchRequest::PeerList),
                     SwitchReply::Peers(peers) if peers.iter().filter(|peer| peer.networks.contains(&spec.vni)).count() == self.hosts.len() - 1)
             });
@@ -225,7 +225,7 @@ impl Host {
         let SwitchReply::Port(port) = self.ask(SwitchRequest::PortAdd(spec)) else { panic!("want a port") };
         for (netns, end) in [(&netns, "eth0"), (&self.netns, interface.as_str())] {
             // Until the kernel has seen the carrier, a packet socket's frames vanish without an error.
-            eventually(&format!("{end} is up"), Duration::from_secs(5), || netns.is_up(end));
+            eventually(&format!("{end} is up"), crate::PATIENCE, || netns.is_up(end));
         }
         let wire = Wire::open(&netns, "eth0");
         Guest { netns, mac, port, wire, interface }

@@ -10,8 +10,7 @@ use violin_tests::frames::{has_label, labelled};
 
 const A: &str = "02:00:00:00:00:0a";
 const B: &str = "02:00:00:00:00:0b";
-/// Patience with what must come, on a slow machine too.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = violin_tests::PATIENCE;
 /// Longer than the call of a switch that does not answer lasts, so that another one must find it.
 const OUTAGE: Duration = Duration::from_secs(7);
 
@@ -31,15 +30,15 @@ fn a_killed_switch_is_noticed_and_the_mesh_heals_when_it_is_back() {
 
     fabric.hosts[2].kill_switch();
     let killed = Instant::now();
-    eventually("the others notice", Duration::from_secs(10), || peers(&fabric, 0) == 1 && peers(&fabric, 1) == 1);
+    eventually("the others notice", violin_tests::PATIENCE, || peers(&fabric, 0) == 1 && peers(&fabric, 1) == 1);
     println!("loss of a peer noticed after {:.2} s", killed.elapsed().as_secs_f64());
 
     fabric.start_switch(2);
     let back = Instant::now();
-    fabric.wait_mesh(Duration::from_secs(15));
+    fabric.wait_mesh(violin_tests::PATIENCE);
     fabric.carry(&network(7));
     let b = fabric.hosts[2].guest(7, B);
-    eventually("traffic flows again", Duration::from_secs(5), || {
+    eventually("traffic flows again", violin_tests::PATIENCE, || {
         a.wire.send(&labelled(MacAddr::BROADCAST, a.mac, "again"));
         b.wire.receive(Duration::from_millis(100), |frame| has_label(frame, "again")).is_some()
     });
@@ -51,11 +50,11 @@ fn a_killed_switch_is_noticed_and_the_mesh_heals_when_it_is_back() {
 fn the_first_member_may_die_too() {
     let mut fabric = Fabric::start(3);
     fabric.hosts[0].kill_switch();
-    eventually("h2 and h3 notice", Duration::from_secs(10), || peers(&fabric, 1) == 1 && peers(&fabric, 2) == 1);
+    eventually("h2 and h3 notice", violin_tests::PATIENCE, || peers(&fabric, 1) == 1 && peers(&fabric, 2) == 1);
 
     fabric.start_switch(0);
 
-    fabric.wait_mesh(Duration::from_secs(15));
+    fabric.wait_mesh(violin_tests::PATIENCE);
 }
 
 /// Gives one host's switch these addresses to join, whatever the harness wrote.
@@ -88,12 +87,12 @@ fn a_join_address_where_nobody_answers_hinders_nobody_and_is_tried_until_somebod
     let a = fabric.hosts[0].owned_guest(7, A, "alpha-a");
     let b = fabric.hosts[1].guest(7, B);
     let asked = Instant::now();
-    eventually("frames pass both ways", Duration::from_secs(5), || passes(&a, &b, "there") && passes(&b, &a, "back"));
+    eventually("frames pass both ways", violin_tests::PATIENCE, || passes(&a, &b, "there") && passes(&b, &a, "back"));
     println!("beside dead addresses an owned guest was heard after {:.2} s", asked.elapsed().as_secs_f64());
 
     fabric.start_switch(2);
     let started = Instant::now();
-    fabric.wait_mesh(Duration::from_secs(15));
+    fabric.wait_mesh(violin_tests::PATIENCE);
     println!("the late switch was found after {:.2} s", started.elapsed().as_secs_f64());
 }
 
@@ -140,7 +139,7 @@ fn unreachable_and_back(what: &str, cut: &str, mend: &str) {
 
     fabric.underlay.ip(mend);
     let mended = Instant::now();
-    fabric.wait_mesh(Duration::from_secs(15));
+    fabric.wait_mesh(violin_tests::PATIENCE);
     for guest in [&learned, &owned] {
         eventually("frames pass again", SOON, || passes(&a, guest, "there again") && passes(guest, &a, "back again"));
     }
@@ -199,7 +198,7 @@ fn a_switch_of_another_authority_is_refused() {
     }
     fabric.start_switch(1);
 
-    eventually("the refusal is in the log", Duration::from_secs(10), || {
+    eventually("the refusal is in the log", violin_tests::PATIENCE, || {
         fabric.hosts[0].log().contains("certificate") || fabric.hosts[1].log().contains("certificate")
     });
     assert_eq!((peers(&fabric, 0), peers(&fabric, 1)), (0, 0));

@@ -62,7 +62,7 @@ fn a_kernel_vxlan_device_reaches_our_guest_before_and_after_it_moved() {
     guest.netns.ip("link set eth0 down");
     arrived.address("10.77.0.1/24");
     fabric.hosts[1].ask(SwitchRequest::MoveRunning { vni, mac });
-    eventually("h2 owns the MAC", Duration::from_secs(5), || {
+    eventually("h2 owns the MAC", violin_tests::PATIENCE, || {
         matches!(fabric.hosts[1].ask(SwitchRequest::MoveStatus { vni, mac }),
             SwitchReply::Move(seen) if seen.state == violin_common::api::switch::MoveState::Owned)
     });

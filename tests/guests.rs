@@ -3,7 +3,6 @@
 use crate::program;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 use violin_lab::{HostState, LabState};
 
 /// A lab, taken down when dropped.
@@ -71,7 +70,7 @@ impl Lab {
     /// Waits until the move numbered `number` has ended; its outcome in words.
     pub fn outcome(&self, number: usize) -> String {
         let mut words = String::new();
-        crate::eventually(&format!("move {number} has ended"), Duration::from_secs(120), || {
+        crate::eventually(&format!("move {number} has ended"), crate::PATIENCE, || {
             let all = self.migrations();
             let ended = all.get(number - 1).filter(|migration| !migration["ended-at"].is_null());
             words = ended.map(|migration| migration["outcome"].to_string()).unwrap_or_default();
@@ -83,8 +82,8 @@ impl Lab {
     /// Waits until the VM runs exactly once, by QEMU processes, and answers.
     pub fn runs_once(&self, environment: &str, node: &str) {
         let vm = format!("{environment}-{node}");
-        crate::eventually(&format!("{vm} runs exactly once"), Duration::from_secs(30), || self.qemus(&vm) == 1);
-        crate::eventually(&format!("{vm} answers from its place"), Duration::from_secs(30), || {
+        crate::eventually(&format!("{vm} runs exactly once"), crate::PATIENCE, || self.qemus(&vm) == 1);
+        crate::eventually(&format!("{vm} answers from its place"), crate::PATIENCE, || {
             self.command(&["ssh", environment, node, "--", "true"]).output().is_ok_and(|output| output.status.success())
         });
     }
@@ -161,7 +160,7 @@ pub fn qemu_on(host: &HostState, vm: &str) -> Option<u32> {
 pub fn kill(pid: u32) {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL)
         .expect("the lab's own process can be killed");
-    crate::eventually("the process is gone, its other threads too", Duration::from_secs(10), || {
+    crate::eventually("the process is gone, its other threads too", crate::PATIENCE, || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
         stat.is_empty() || (stat.contains(") Z ") && threads <= 1)

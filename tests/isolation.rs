@@ -19,8 +19,7 @@ const UNDERLAY: [u8; 4] = [10, 99, 0, 1];
 const BESIDE: [u8; 4] = [10, 99, 1, 1];
 /// Where a process of the host listens on every address.
 const OPEN_PORT: u16 = 9999;
-/// Patience with what must come, on a slow machine too.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = violin_tests::PATIENCE;
 
 fn mac(text: &str) -> MacAddr {
     text.parse().unwrap()

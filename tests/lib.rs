@@ -11,6 +11,9 @@ pub mod wire;
 
 use std::time::{Duration, Instant};
 
+/// Patience with what must come: a limit costs only when a test fails, and a machine with other work is several times slower.
+pub const PATIENCE: Duration = Duration::from_secs(180);
+
 /// Looks every 5 ms until `what` holds; panics in words after `limit`.
 pub fn eventually(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + limit;

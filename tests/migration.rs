@@ -32,7 +32,7 @@ fn a_vm_moves_there_and_back_under_a_tcp_stream() {
         assert_eq!(lab.host_of("three-c1"), from);
         // A new stretch of the stream before each move, so that one that never began or came to rest is seen here.
         let before = arrived(&lab);
-        eventually("the stream flows", Duration::from_secs(60), || arrived(&lab) > before + 50_000);
+        eventually("the stream flows", violin_tests::PATIENCE, || arrived(&lab) > before + 50_000);
         lab.must(&["vm", "migrate", "three-c1", "--to", to]);
         assert_eq!(lab.host_of("three-c1"), to);
         assert_eq!(lab.qemus("three-c1"), 1, "the VM must run exactly once");
@@ -44,7 +44,7 @@ fn a_vm_moves_there_and_back_under_a_tcp_stream() {
     assert_eq!(transfer["intact"], true, "{transfer}");
     assert!(transfer["bytes"].as_u64().unwrap_or(0) > 100_000, "{transfer}");
     lab.must(&["env", "down", "three"]);
-    eventually("no QEMU of the environment is left", Duration::from_secs(10), || {
+    eventually("no QEMU of the environment is left", violin_tests::PATIENCE, || {
         ["three-head", "three-c1", "three-c2"].iter().all(|vm| lab.qemus(vm) == 0)
     });
 }

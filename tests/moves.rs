@@ -12,8 +12,7 @@ use violin_tests::wire::Wire;
 const X: &str = "02:00:00:00:00:0a";
 const Y: &str = "02:00:00:00:00:0b";
 const OBSERVER: &str = "02:00:00:00:00:0c";
-/// Patience with what must come, on a slow machine too.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = violin_tests::PATIENCE;
 /// How long to look for what must not come, after something that must come has come.
 const NEVER: Duration = Duration::from_millis(300);
 /// Ethernet, IPv4 and UDP headers of a datagram on the underlay.

@@ -6,7 +6,6 @@ use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 const PREFIX: &str = "vt-";
 /// Beginnings of the names that tests give namespaces, here, in switchd/tests and in probe/tests.
@@ -89,7 +88,7 @@ impl Netns {
         let mut server = server.spawn().expect("iperf3 starts");
         // Only looked at: a bind to see whether the port is taken may take it from iperf3.
         let listens = || String::from_utf8_lossy(&to.run("ss", "-ltn").stdout).contains(&format!("{address}:5201"));
-        crate::eventually("iperf3 listens", Duration::from_secs(20), listens);
+        crate::eventually("iperf3 listens", crate::PATIENCE, listens);
         let output = self.run("iperf3", &format!("-c {address} -t {seconds} -J"));
         // It ends by itself only after a client that came through.
         let _ = server.kill();

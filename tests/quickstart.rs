@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::Duration;
 use violin_tests::netns::{Netns, ip};
 use violin_tests::{eventually, program};
 
@@ -67,7 +66,7 @@ impl Machine {
     fn start(&mut self, script: &str) {
         self.left.push(self.shell(&format!("{script}\nwait"), 0).spawn().expect("a shell runs"));
         let socket = self.run.join("switchd.sock");
-        eventually("switchd is ready", Duration::from_secs(10), || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+        eventually("switchd is ready", violin_tests::PATIENCE, || std::os::unix::net::UnixStream::connect(&socket).is_ok());
     }
 }
 

@@ -4,15 +4,13 @@
 use nix::sys::signal::{Signal, kill as kill_with};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use violin_lab::{HostState, LabState, ProcessId};
 use violin_tests::eventually;
 use violin_tests::guests::{Lab, Restarted, kill, qemu_on};
 use violin_tests::netns::must;
 
 const VM: &str = "three-c1";
-/// Patience with what must come, on a machine that has much else to do.
-const SLOWLY: Duration = Duration::from_secs(240);
 
 /// Two domains whose WAN is slow enough that a move takes several seconds: time to kill something in its middle.
 const SLOW: &str = "
@@ -75,7 +73,7 @@ impl Site {
         let held = Held::copying_to(there);
         let mut command = self.lab.command(&["vm", "migrate", VM, "--to", to]);
         let moving = command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().expect("violin runs");
-        eventually("the move is under way", SLOWLY, || {
+        eventually("the move is under way", violin_tests::PATIENCE, || {
             qemu_on(there, VM).is_some() && self.port_state(&from).as_deref() == Some("granted")
         });
         (moving, held)
@@ -98,7 +96,9 @@ impl Site {
         };
         drop(copying);
         let at = if end == "source" { from.as_str() } else { to };
-        eventually(&format!("{VM} is {state} at the {end}"), SLOWLY, || self.port_state(at).as_deref() == Some(state));
+        eventually(&format!("{VM} is {state} at the {end}"), violin_tests::PATIENCE, || {
+            self.port_state(at).as_deref() == Some(state)
+        });
         (moving, held)
     }
 
@@ -115,7 +115,7 @@ impl Site {
     /// Asks the VM until it answers or the move, counted from 0, has ended; says which. Traffic while memory is copied.
     fn talk_in_its_move(&self, number: usize) -> bool {
         let (mut answered, mut ended) = (false, false);
-        eventually(&format!("{VM} answers or has moved"), Duration::from_secs(120), || {
+        eventually(&format!("{VM} answers or has moved"), violin_tests::PATIENCE, || {
             answered =
                 self.lab.command(&["ssh", "three", "c1", "--", "true"]).output().is_ok_and(|output| output.status.success());
             ended = self.lab.migrations().get(number).is_some_and(|migration| !migration["ended-at"].is_null());
@@ -127,7 +127,7 @@ impl Site {
     /// Nothing of the VM on a host: no process, no port, no interface.
     fn nothing_left(&self, host: &str) {
         let there = self.host(host);
-        eventually(&format!("nothing of {VM} is left on {host}"), Duration::from_secs(30), || {
+        eventually(&format!("nothing of {VM} is left on {host}"), violin_tests::PATIENCE, || {
             let links = std::process::Command::new("ip").args(["-n", &there.netns, "-o", "link"]).output().expect("ip runs");
             qemu_on(there, VM).is_none()
                 && !self.lab.must(&["--json", "port", "--host", host]).contains(VM)
@@ -198,7 +198,7 @@ fn a_manager_killed_in_a_move_and_a_dead_destination_leave_the_vm_running_once()
     drop(moving.wait_with_output());
     site.restarted.start(&site.state.adaptd.netns_path(), "adaptd", &site.state.adaptd.dir);
     let began = Instant::now();
-    eventually("the manager answers again", Duration::from_secs(20), || !site.lab.migrations().is_empty());
+    eventually("the manager answers again", violin_tests::PATIENCE, || !site.lab.migrations().is_empty());
     let said = site.lab.outcome(1);
     println!("adaptd killed while memory was copied: {said}, {:.1} s after its restart", began.elapsed().as_secs_f64());
     site.lab.runs_once("three", "c1");
@@ -206,7 +206,7 @@ fn a_manager_killed_in_a_move_and_a_dead_destination_leave_the_vm_running_once()
     let there = if here == "h1" { "h2" } else { "h1" };
     site.nothing_left(there);
 
-    eventually("the restarted manager has heard of all hosts", Duration::from_secs(30), || {
+    eventually("the restarted manager has heard of all hosts", violin_tests::PATIENCE, || {
         let hosts: serde_json::Value = serde_json::from_str(&site.lab.must(&["--json", "host"])).expect("JSON");
         hosts.as_array().is_some_and(|hosts| hosts.iter().all(|host| host["connected"] == true && !host["age-s"].is_null()))
     });
@@ -278,7 +278,7 @@ fn a_switch_killed_in_any_state_of_a_move_leaves_the_vm_running_once() {
         drop(moving.wait());
         let here = site.lab.host_of(VM);
         assert_eq!(here, if said.contains("done") && !said.contains("undone") { to } else { from.as_str() }, "{said}");
-        eventually("its port owns its MAC", Duration::from_secs(10), || site.port_state(&here).as_deref() == Some("owned"));
+        eventually("its port owns its MAC", violin_tests::PATIENCE, || site.port_state(&here).as_deref() == Some("owned"));
         site.nothing_left(if here == "h1" { "h2" } else { "h1" });
     }
 }
@@ -341,7 +341,7 @@ fn every_undo_step_takes_back_what_it_is_for() {
     let mut gang = site.lab.command(&["env", "move", "three", "--to", "d2"]);
     let mut gang = gang.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("violin runs");
     let mut arriving = None;
-    eventually("the second VM of the gang is on its way", Duration::from_secs(90), || {
+    eventually("the second VM of the gang is on its way", violin_tests::PATIENCE, || {
         arriving = qemu_on(h2, "three-c2");
         let first = site.lab.migrations().get(2).is_some_and(|first| !first["ended-at"].is_null());
         first && arriving.is_some()

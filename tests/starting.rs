@@ -11,8 +11,7 @@ use violin_tests::netns::Netns;
 use violin_tests::{eventually, program};
 
 const DAEMONS: [&str; 3] = ["switchd", "monitord", "adaptd"];
-/// Patience with what must come, on a slow machine too.
-const SOON: Duration = Duration::from_secs(120);
+const SOON: Duration = violin_tests::PATIENCE;
 
 /// A folder with certificates, and the configurations of one host's daemons in it.
 struct Place {

@@ -212,11 +212,7 @@ pub(crate) fn assemble(options: &Options, seed: u64, cast: &Cast, stage: &Stage,
         first_began.is_some_and(|began| began > adaptive.began_ns),
         format!("{:?} s after", first_began.map(|began| (began as f64 - adaptive.began_ns as f64) / 1e9)),
     );
-    check(
-        TIMED[1],
-        rest.is_some_and(|rest| rest >= 0.2),
-        format!("{rest:.2?} of the run"),
-    );
+    check(TIMED[1], rest.is_some_and(|rest| rest >= 0.2), format!("{rest:.2?} of the run"));
     check(
         TIMED[0],
         adaptive.hpl.seconds < overloaded.hpl.seconds,

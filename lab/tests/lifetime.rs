@@ -66,7 +66,7 @@ fn what_a_killed_up_left_is_removed_by_down() {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        wait_for("the lab to be half built", Duration::from_secs(30), None, || {
+        wait_for("the lab to be half built", Duration::from_secs(180), None, || {
             let found = remains(&killed);
             Ok(match phase {
                 "netns" => found.iter().any(|what| what.contains("vl-")),

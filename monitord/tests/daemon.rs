@@ -43,7 +43,7 @@ fn ends_when_told(daemon: &mut Daemon) {
     let pid = nix::unistd::Pid::from_raw(daemon.0.id().try_into().unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
     let mut status = None;
-    until("the daemon ends", Duration::from_secs(5), || {
+    until("the daemon ends", Duration::from_secs(180), || {
         status = daemon.0.try_wait().unwrap();
         status.is_some()
     });
@@ -61,7 +61,7 @@ fn a_log_that_goes_nowhere_neither_ends_nor_holds_up_the_monitor() {
     let mut daemon = monitord_logging(&world, "h1", "0s", full.into());
     let mut line = manager.line();
     let mut lost = 0;
-    until("the switch answers, and the monitor's lines are counted as lost", Duration::from_secs(20), || {
+    until("the switch answers, and the monitor's lines are counted as lost", Duration::from_secs(180), || {
         if let Answer::Switch(Ok(SwitchReply::Counters(counters))) = manager.ask(&line, &Command::Switch(SwitchRequest::Counters))
         {
             lost = counters.iter().find(|counter| counter.name == "monitor.log-lines-lost").expect("it is counted").value;

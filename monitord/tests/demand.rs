@@ -70,7 +70,7 @@ impl FullHost {
     fn await_programs(&self) {
         let at_work = |usage: Usage| usage.run_ns > 500_000_000 || usage.scheduled.is_some_and(|by| by.sleeps > 100);
         for spec in &self.specs {
-            until("the guest's program runs", Duration::from_secs(60), || at_work(self.driver.usage(&spec.vm).unwrap()));
+            until("the guest's program runs", Duration::from_secs(180), || at_work(self.driver.usage(&spec.vm).unwrap()));
         }
     }
 
@@ -219,7 +219,7 @@ fn on_a_full_host_a_guest_that_receives_500_frames_a_second_wants_little_and_sta
             }
         });
         let measured = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            until("the guest receives", Duration::from_secs(30), || received() > 0);
+            until("the guest receives", Duration::from_secs(180), || received() > 0);
             let mut watch = host.watch();
             watch.measure(1);
             host.limit();

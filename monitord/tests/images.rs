@@ -106,7 +106,7 @@ fn a_fetch_keeps_neither_images_that_are_here_nor_other_fetches_waiting() {
             let found = images.ensure(&here, &[], &mut |_, _| {}).is_ok();
             let _ = sender.send(found && images.ensure(&nowhere, &[], &mut |_, _| {}).is_err());
         });
-        in_the_fetch = in_the_fetch.or_else(|| Some(receiver.recv_timeout(std::time::Duration::from_secs(5)).ok()));
+        in_the_fetch = in_the_fetch.or_else(|| Some(receiver.recv_timeout(std::time::Duration::from_secs(120)).ok()));
     });
 
     assert!(fetched.is_ok());

@@ -13,7 +13,7 @@ use violin_common::{Epoch, HostId};
 use world::manager::{Daemon, Line, Manager, ask, monitord, switchd};
 use world::{Echo, World, until};
 
-const LIMIT: Duration = Duration::from_secs(15);
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// A running deployment of two hosts with one guest on h1 and a connection from an access namespace to it.
 struct Stage {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use violin_common::control::monitor::{MigrationMode, VmState};
 use world::{Echo, World, until};
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(180);
 
 fn wait_for(events: &Receiver<HypervisorEvent>, change: Change) -> HypervisorEvent {
     loop {

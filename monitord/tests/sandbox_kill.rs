@@ -11,7 +11,7 @@ use std::time::Duration;
 use violin_common::control::monitor::{MigrationMode, VmState};
 use world::{Echo, World, until};
 
-const LIMIT: Duration = Duration::from_secs(15);
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// Not a test by itself: the process that is killed. It moves the guest from h1 to h2, where nobody waits for it.
 #[test]

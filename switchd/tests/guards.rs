@@ -127,9 +127,9 @@ fn a_guard_that_somebody_removed_is_put_back_at_once() {
         host.ns.run(harm);
         let begun = Instant::now();
         until("it is noticed", || host.condition(port).guard_losses as usize > times);
-        // A hundred milliseconds are promised; a busy machine may need more.
+        // A hundred milliseconds are promised, and printed; a machine with other work may need more.
         println!("{harm}: put back {:?} after nft had ended", begun.elapsed());
-        assert!(begun.elapsed() < Duration::from_secs(1));
+        assert!(begun.elapsed() < Duration::from_secs(5));
 
         let rules = host.ns.run("nft list table netdev violin_p1");
         assert_eq!(rules.matches("policy drop").count(), 2, "after {harm}: {rules}");

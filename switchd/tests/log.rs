@@ -19,7 +19,7 @@ const LOST: &str = "log.lines-lost";
 fn answers(site: &Site, number: usize) -> bool {
     let (socket, (tell, told)) = (site.socket(number), mpsc::channel());
     std::thread::spawn(move || tell.send(blocking::ask::<_, SwitchReply>(&socket, &SwitchRequest::Status).is_ok()));
-    told.recv_timeout(Duration::from_secs(20)) == Ok(true)
+    told.recv_timeout(Duration::from_secs(120)) == Ok(true)
 }
 
 /// How many lines the log says were lost.

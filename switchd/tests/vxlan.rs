@@ -65,7 +65,7 @@ fn a_gateway_on_all_addresses_speaks_from_the_one_its_foreign_end_speaks_to() {
     let (local, remote) = ("0.0.0.0:4789".parse().unwrap(), "10.98.0.2:4789".parse().unwrap());
     a.attach(port, &PortKind::Vxlan { local, remote, remote_vni: vni(77) }, MTU);
     let end = foreign.enter(|| UdpSocket::bind("10.98.0.2:4789").unwrap());
-    end.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    end.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
 
     // A broadcast of a station behind it, and one of our guest afterwards: an ARP request.
     let vxlan = [8, 0, 0, 0, 0, 0, 77, 0];

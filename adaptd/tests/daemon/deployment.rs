@@ -352,7 +352,7 @@ impl Deployment {
 
     /// Waits for a fact, at most 30 s.
     pub(crate) async fn until(&self, what: &str, mut fact: impl FnMut(&Self) -> bool) {
-        let end = Wall::now() + Duration::from_secs(30);
+        let end = Wall::now() + Duration::from_secs(180);
         while !fact(self) {
             let table = self.table.lock().unwrap();
             assert!(Wall::now() < end, "not within 30 s: {what}\n{:#?}\n{}", table.log, self.log());

@@ -25,7 +25,7 @@ use violin_common::config::monitor::MonitorConfig;
 use violin_common::control::monitor::{Answer, Command, MigrationMode, Role, VmSeen, VmSpec, VmState};
 use violin_common::{Epoch, HostId, MacAddr, PortId, VmId};
 
-pub const LIMIT: Duration = Duration::from_secs(10);
+pub const LIMIT: Duration = Duration::from_secs(180);
 
 /// Waits until `fact` holds.
 pub fn until(what: &str, limit: Duration, mut fact: impl FnMut() -> bool) {

@@ -1,5 +1,6 @@
 //! Two hosts for a test: a network namespace each with a libvirtd of its own, joined by a veth pair.
 
+use nix::fcntl::{Flock, FlockArg};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -87,7 +88,7 @@ impl Host {
         let driver = inside(name, || Libvirt::start(settings).unwrap());
         let events = Mutex::new(driver.events().unwrap());
         let host = Self { name: name.parse().unwrap(), address, dir, driver, events, daemon };
-        wait("libvirtd answers", Duration::from_secs(20), || host.driver.list().ok());
+        wait("libvirtd answers", super::LIMIT, || host.driver.list().ok());
         host
     }
 
@@ -158,16 +159,20 @@ pub(crate) struct Hosts {
     pub(crate) b: Host,
     _cleanup: Cleanup,
     _dir: tempfile::TempDir,
+    /// Names and addresses are the same in each run: one at a time.
+    _turn: Flock<fs::File>,
 }
 
 impl Hosts {
     pub(crate) fn start() -> Self {
+        let lock = fs::File::create(std::env::temp_dir().join("violin-test-libvirt.lock")).unwrap();
+        let turn = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error).unwrap();
         Cleanup::now();
         let cleanup = Cleanup;
         let dir = tempfile::Builder::new().prefix("vlt-").tempdir().unwrap();
         sh("ip netns add vlt-a; ip netns add vlt-b; ip link add vlt-a-u netns vlt-a type veth peer name vlt-b-u netns vlt-b");
         let (a, b) = (Host::start("vlt-a", 1, dir.path()), Host::start("vlt-b", 2, dir.path()));
-        Self { a, b, _cleanup: cleanup, _dir: dir }
+        Self { a, b, _cleanup: cleanup, _dir: dir, _turn: turn }
     }
 }
 
@@ -176,7 +181,7 @@ struct Cleanup;
 
 impl Cleanup {
     fn now() {
-        wait("processes and groups of the test are gone", Duration::from_secs(10), || {
+        wait("processes and groups of the test are gone", super::LIMIT, || {
             sh("for h in vlt-a vlt-b; do for p in $(ip netns pids $h 2>/dev/null); do kill -9 $p 2>/dev/null || true; done; \
                 find /sys/fs/cgroup/$h.partition /sys/fs/cgroup/*/$h.partition -depth -type d -exec rmdir {} \\; 2>/dev/null || true; done");
             // Of v2 the group lies in the root itself, of v1 in that of each hierarchy.

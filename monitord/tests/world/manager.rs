@@ -59,14 +59,14 @@ impl Manager {
             assert_eq!(identity.host, hello.host);
             Line { connection, reports, hello }
         };
-        self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), line).await.expect("a monitor calls") })
+        self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(180), line).await.expect("a monitor calls") })
     }
 
     /// The next report.
     pub fn report(&self, line: &mut Line) -> Report {
         let report = frame::recv(&mut line.reports);
         self.runtime
-            .block_on(async { tokio::time::timeout(Duration::from_secs(10), report).await.expect("a report comes") })
+            .block_on(async { tokio::time::timeout(Duration::from_secs(180), report).await.expect("a report comes") })
             .unwrap()
             .unwrap()
     }

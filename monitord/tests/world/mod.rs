@@ -271,7 +271,7 @@ pub struct Echo {
 impl Echo {
     pub fn accept(listener: &TcpListener) -> Self {
         let (stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(180))).unwrap();
         let lines = BufReader::new(stream.try_clone().unwrap());
         Self { stream, lines, count: 0 }
     }
