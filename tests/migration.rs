@@ -1,7 +1,6 @@
 //! Real QEMU guests under real libvirt: one is moved by command under a TCP stream, there and back.
 
 use std::process::Stdio;
-use std::time::Duration;
 use violin_tests::eventually;
 use violin_tests::guests::{Lab, finish};
 
