@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 use violin_common::Utc;
 use violin_lab::{HostState, ProcessId};
 use violin_tests::eventually;

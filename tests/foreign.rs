@@ -1,6 +1,5 @@
 //! A kernel VXLAN device as a foreign peer, through a gateway port, before and after our guest moves.
 
-use std::time::Duration;
 use violin_common::api::switch::{Ownership, PortKind, PortSpec, SwitchReply, SwitchRequest};
 use violin_common::{MacAddr, Vni};
 use violin_tests::eventually;
