@@ -175,7 +175,7 @@ fn check_finds_what_would_keep_a_daemon_from_starting() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_listen_address_that_comes_late_is_waited_for_and_a_port_that_is_taken_is_said_at_once() {
+fn a_listen_address_that_comes_late_is_waited_for_and_a_port_that_is_taken_is_said() {
     let place = Place::new();
     for (daemon, up) in DAEMONS.into_iter().zip(["switch is up", "monitor runs", "adaptd runs"]) {
         let netns = Netns::new("late");

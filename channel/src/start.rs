@@ -4,19 +4,25 @@ use nix::unistd::{AccessFlags, access};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How often an address that is not there yet is tried.
 const AGAIN: Duration = Duration::from_millis(500);
 
+/// How long a killed daemon may take to let go of its port: it does when its last thread has ended.
+const LET_GO: (Duration, Duration) = (Duration::from_secs(3), Duration::from_millis(50));
+
 /// Opens what listens at an address with `bind`. While no interface of this host has the address, as before DHCP has answered, it
-/// waits, which the log says once.
+/// waits, which the log says once. For a port that a killed daemon is letting go of just now it waits some seconds.
 ///
-/// *Errors*: any other, at once, such as the port being taken.
+/// *Errors*: any other, such as the port being taken.
 pub async fn patiently<T>(address: SocketAddr, mut bind: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    let mut waited = false;
+    let (mut waited, began) = (false, Instant::now());
     loop {
         match bind() {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && began.elapsed() < LET_GO.0 => {
+                tokio::time::sleep(LET_GO.1).await;
+            }
             Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
                 if !waited {
                     tracing::warn!(%address, "no interface of this host has the `listen` address (yet): waiting for it");
@@ -80,13 +86,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_address_that_is_taken_is_an_error_at_once() {
+    async fn an_address_that_is_taken_is_an_error_after_some_seconds_and_none_if_it_is_let_go() {
         let taken = UdpSocket::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();
 
         let error = patiently(address, || UdpSocket::bind(address)).await.unwrap_err();
 
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        let mut tries = 0;
+        let mut killed = Some(taken);
+        let bind = || {
+            tries += 1;
+            if tries == 3 {
+                killed = None;
+            }
+            UdpSocket::bind(address)
+        };
+        patiently(address, bind).await.unwrap();
     }
 
     #[tokio::test]
