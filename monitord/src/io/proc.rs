@@ -220,11 +220,12 @@ mod tests {
         let own = i32::try_from(std::process::id()).unwrap();
         let sleeping = tasks(own).into_iter().map(|(_, seen)| seen.sleeps).max().unwrap();
         let mut idle = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
-        let asleep = || tasks(i32::try_from(idle.id()).unwrap()).first().is_some_and(|(_, seen)| seen.ready == 0);
-        while !asleep() && std::time::Instant::now() < deadline {
+        // Not before it has begun to: on its way there it sleeps and wakes some times.
+        let mut asleep = false;
+        while !asleep && std::time::Instant::now() < deadline {
             std::thread::sleep(std::time::Duration::from_millis(5));
+            asleep = tasks(i32::try_from(idle.id()).unwrap()).first().is_some_and(|(_, seen)| seen.ready == 0);
         }
-        let asleep = asleep();
         idle.kill().unwrap();
         idle.wait().unwrap();
 
