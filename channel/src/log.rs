@@ -348,7 +348,7 @@ mod tests {
     }
 
     fn text(taken: &mpsc::Receiver<Vec<u8>>) -> String {
-        String::from_utf8(taken.recv_timeout(Duration::from_secs(20)).unwrap()).unwrap()
+        String::from_utf8(taken.recv_timeout(Duration::from_secs(120)).unwrap()).unwrap()
     }
 
     const ALL: usize = usize::MAX;

@@ -234,7 +234,7 @@ mod tests {
     }
 
     async fn notices(dataplane: &DataPlane) -> bool {
-        tokio::time::timeout(Duration::from_secs(10), dataplane.ended()).await.is_ok()
+        tokio::time::timeout(Duration::from_secs(120), dataplane.ended()).await.is_ok()
     }
 
     #[tokio::test]
