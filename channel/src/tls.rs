@@ -127,8 +127,16 @@ fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'s
     if found.is_empty() { Err(wrong("no certificate in it".into())) } else { Ok(found) }
 }
 
+/// Whether a certificate is refused only for the time.
+fn is_of_time(error: &rustls::Error) -> bool {
+    use rustls::CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
+    let rustls::Error::InvalidCertificate(why) = error else { return false };
+    matches!(why, Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. })
+}
+
 impl Credentials {
-    /// Reads the files and checks that the certificate names a host and a domain.
+    /// Reads the files and checks that the certificate names a host and a domain, is of the authority, and has this key; not that
+    /// it is valid now, for which see [`Self::must_be_valid`].
     pub fn load(tls: &Tls) -> Result<Self, TlsError> {
         let mut roots = RootCertStore::empty();
         for certificate in certificates("the authority's certificate", &tls.ca)? {
@@ -151,13 +159,15 @@ impl Credentials {
             error => TlsError::Unusable(format!("{}: {error}", tls.key.display())),
         })?;
         let credentials = Self { roots: Arc::new(roots), chain, key, identity, provider };
-        // At a time at which it is valid: a host may start with a clock that is not set yet.
-        let begins = credentials.validity()?.not_before.timestamp();
-        credentials.verify(begins).map_err(|why| {
-            let (cert, ca) = (tls.cert.display(), tls.ca.display());
-            TlsError::Unusable(format!("{cert} is not good by the authority in {ca} ({why}): want one made by that authority"))
-        })?;
-        Ok(credentials)
+        match credentials.verify(SystemTime::now()) {
+            // A host may start with a clock that is not set yet; and a switch without peers still serves its own host.
+            Err(why) if !is_of_time(&why) => {
+                let (cert, ca) = (tls.cert.display(), tls.ca.display());
+                let words = format!("{cert} is not good by the authority in {ca} ({why}): want one made by that authority");
+                Err(TlsError::Unusable(words))
+            }
+            _ => Ok(credentials),
+        }
     }
 
     fn validity(&self) -> Result<Validity, TlsError> {
@@ -166,9 +176,9 @@ impl Credentials {
         Ok(parsed.validity().clone())
     }
 
-    /// Whether those whom it calls, and who call it, will find the certificate good at a time, in seconds since 1970.
-    fn verify(&self, at: i64) -> Result<(), rustls::Error> {
-        let at = UnixTime::since_unix_epoch(Duration::from_secs(at.try_into().unwrap_or(0)));
+    /// Whether those whom it calls, and who call it, will find the certificate good at a time.
+    fn verify(&self, at: SystemTime) -> Result<(), rustls::Error> {
+        let at = UnixTime::since_unix_epoch(at.duration_since(UNIX_EPOCH).unwrap_or_default());
         let general = |error: &dyn fmt::Display| rustls::Error::General(error.to_string());
         let (own, rest) = self.chain.split_first().ok_or_else(|| general(&"no certificate"))?;
         let builder = WebPkiServerVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider));
@@ -181,14 +191,11 @@ impl Credentials {
     /// Refuses a certificate that is not valid yet or any more: everybody would. Not by [`Self::load`], for a daemon that starts
     /// before its host's clock is set is to run all the same.
     pub fn must_be_valid(&self, now: SystemTime) -> Result<(), TlsError> {
-        let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let validity = self.validity()?;
-        let now = i64::try_from(now).unwrap_or(i64::MAX);
-        if (validity.not_before.timestamp()..=validity.not_after.timestamp()).contains(&now) {
-            return Ok(());
-        }
-        let (from, until) = (validity.not_before, validity.not_after);
-        Err(TlsError::Unusable(format!("it is valid from {from} to {until}, which is not now: set the clock, or make a new one")))
+        let Err(why) = self.verify(now) else { return Ok(()) };
+        let Validity { not_before: from, not_after: until } = self.validity()?;
+        Err(TlsError::Unusable(format!(
+            "it is valid from {from} to {until}, and the authority's perhaps for less: not now ({why}); set the clock, or make a new one"
+        )))
     }
 
     /// Whom our certificate names.
