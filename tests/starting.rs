@@ -157,6 +157,9 @@ fn check_finds_what_would_keep_a_daemon_from_starting() {
         for (path, key) in folders {
             cases.push((good.replace(&format!("{at}/{path}"), &format!("{at}/file/{path}")), vec![key, "file is no folder"]));
         }
+        if daemon != "monitord" {
+            cases.push((good.replace(&format!("{daemon}.sock"), "file"), vec!["socket", "is there and is no socket"]));
+        }
         match daemon {
             "adaptd" => cases.extend([
                 (good.replace("adaptd.redb", "file"), vec!["journal", "got an empty file (0 bytes)"]),

@@ -12,7 +12,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use std::future::Future;
 use std::io;
 use std::marker::PhantomData;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -43,6 +43,20 @@ const ENFILE: i32 = nix::errno::Errno::ENFILE as i32;
 /// How long a killed daemon may take to let go of its socket: it does when its last thread has ended.
 const LET_GO: Duration = Duration::from_secs(3);
 
+/// Whether there is nothing at a path but a socket, if anything.
+///
+/// *Errors*: something else is there, which is left alone.
+pub fn must_be_socket(path: &Path) -> io::Result<()> {
+    match path.symlink_metadata() {
+        Ok(found) if !found.file_type().is_socket() => {
+            let words =
+                format!("got {} for the local socket, which is there and is no socket: want another path", path.display());
+            Err(io::Error::new(io::ErrorKind::AlreadyExists, words))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Binds the socket, mode 0600. A socket nobody listens on, as a killed daemon leaves it, is replaced; for one that dies just now
 /// it waits.
 ///
@@ -63,7 +77,9 @@ pub fn bind(path: &Path) -> io::Result<Listener> {
             let taken = format!("somebody listens on {} already: stop it, or choose another `socket`", path.display());
             return Err(io::Error::new(io::ErrorKind::AddrInUse, taken));
         }
+        // Told of anything else that is there, too.
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            must_be_socket(path)?;
             std::fs::remove_file(path).map_err(|error| explain("could not remove the stale socket", error))?;
         }
         Err(_) => {}

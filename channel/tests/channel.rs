@@ -251,6 +251,19 @@ async fn a_local_socket_answers_once_or_many_times_and_notices_who_hangs_up() {
     // As a killed daemon leaves it.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(local::bind(&path).is_ok(), "a stale socket was in the way");
+
+    // What is no socket is somebody's.
+    for name in ["file", "folder", "link"] {
+        let path = directory.path().join(name);
+        match name {
+            "file" => std::fs::write(&path, "precious").unwrap(),
+            "folder" => std::fs::create_dir(&path).unwrap(),
+            _ => std::os::unix::fs::symlink(directory.path().join("file"), &path).unwrap(),
+        }
+        let error = local::bind(&path).unwrap_err().to_string();
+        assert!(error.contains("is there and is no socket"), "{name}: {error}");
+    }
+    assert_eq!(std::fs::read_to_string(directory.path().join("file")).unwrap(), "precious");
 }
 
 #[tokio::test]

@@ -130,8 +130,17 @@ fn an_interface_that_is_not_the_port_s_to_take_is_named_and_left_alone() {
     std::fs::remove_file(site.socket(1)).unwrap();
     site.start_with(1, "pki", &[NETWORK.into(), tap("t5", None)].concat());
     until("it says why it waits", || why(&site).contains("interface t5 is there and another program holds it"));
+    // Wanted for another network it is said once, too.
+    site.config(1, "pki", &[NETWORK.into(), tap("t5", None)].concat().replace("vni = 5", "vni = 6"));
+    site.daemons[&1].signal(Signal::SIGHUP);
+    let others = |site: &Site| site.log(1).matches("another program holds it").count();
+    let before = others(&site);
+    until("it is wanted for the other network", || others(&site) > before);
+    let said = others(&site);
+    until("it was looked for many times more", || site.conditions(1).iter().any(|seen| seen.since_s >= 2));
+    assert_eq!(others(&site), said, "{}", site.log(1));
     drop(first);
-    until("it takes up what the first left", || attached(&site, 1) == 1);
+    until("it is made anew", || attached(&site, 1) == 1);
 }
 
 #[test]

@@ -27,7 +27,7 @@ const MOST_REFUSALS: usize = 50;
 /// Whether a start would work, as far as can be told without starting: another manager may run.
 pub fn check(config: &AdaptConfig) -> anyhow::Result<()> {
     Credentials::load(&config.tls)?.must_be_valid(SystemTime::now())?;
-    folder_of_can_be(&config.socket).context("key `socket`")?;
+    folder_of_can_be(&config.socket).and_then(|()| local::must_be_socket(&config.socket)).context("key `socket`")?;
     Journal::check(&config.journal).context("key `journal`")
 }
 

@@ -86,10 +86,8 @@ impl AsyncUdpSocket for MeshSocket {
                     meta[count] = RecvMeta { addr, len, stride: len, dst_ip, ..RecvMeta::default() };
                     count += 1;
                 }
-                Poll::Ready(None) if count == 0 => {
-                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::BrokenPipe, "the data plane has stopped")));
-                }
-                Poll::Pending if count == 0 => return Poll::Pending,
+                // When the data plane has stopped nothing comes any more: at the switch's end no error, and else told by that itself.
+                Poll::Ready(None) | Poll::Pending if count == 0 => return Poll::Pending,
                 Poll::Ready(None) | Poll::Pending => break,
             }
         }

@@ -46,7 +46,8 @@ pub fn check(path: &Path) -> Result<SwitchConfig> {
     let (config, credentials) = load(path)?;
     let within = || format!("in {}", path.display());
     credentials.must_be_valid(SystemTime::now()).with_context(within)?;
-    folder_of_can_be(&config.socket).context("key `socket`").with_context(within)?;
+    let socket = folder_of_can_be(&config.socket).and_then(|()| local::must_be_socket(&config.socket));
+    socket.context("key `socket`").with_context(within)?;
     Ok(config)
 }
 

@@ -95,14 +95,18 @@ fn take(interface: &str) -> Result<File, AttachError> {
     }
 }
 
+/// Lets a TAP go with its descriptor.
+fn give_up(file: &File) -> io::Result<()> {
+    sys::number_request(file.as_fd(), libc::TUNSETPERSIST as _, 0)
+}
+
 /// Removes a TAP that a switch made. One that its operator made stays, and one that is gone is no error.
 pub fn remove(interface: &str, netns: Option<&str>) {
     let removed = inside(netns, || {
         if !made_by_a_switch(interface) {
             return Ok(());
         }
-        let file = take(interface)?;
-        sys::number_request(file.as_fd(), libc::TUNSETPERSIST as _, 0).map_err(AttachError::io(format!("remove TAP {interface}")))
+        give_up(&take(interface)?).map_err(AttachError::io(format!("remove TAP {interface}")))
     });
     match removed {
         Ok(_) | Err(AttachError::NotThere(_)) => {}
@@ -124,13 +128,14 @@ impl Tap {
 
     fn open_here(interface: &str, nic: Nic) -> Result<File, AttachError> {
         let mut there = link::index(interface).is_some();
+        let mut file = take(interface)?;
         if there && made_by_a_switch(interface) && link::alias(interface).is_ok_and(|is| is != alias(nic.vni)) {
             // It was another network's: whoever was attached to that is not to find himself in this one.
+            give_up(&file).map_err(AttachError::io(format!("remove TAP {interface}")))?;
+            drop(file);
             tracing::info!(interface, vni = %nic.vni, "a TAP made for another network is made anew");
-            remove(interface, None);
-            there = false;
+            (file, there) = (take(interface)?, false);
         }
-        let file = take(interface)?;
         let failed = |what: &str| format!("{what} {interface}");
         if !there {
             link::set_mac(interface, nic.mac).map_err(AttachError::io(failed("set the MAC of")))?;
