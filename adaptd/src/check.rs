@@ -41,7 +41,7 @@ pub fn check(snapshot: &Snapshot, policy: &Policy, plan: &Plan) -> Result<(), Vi
         for end in [&moved.from, &moved.to] {
             match snapshot.hosts.get(end) {
                 Some(host) if host.standing == Standing::Live => {}
-                Some(host) => return Err(fail(format!("{end} is {:?}, want a live host", host.standing))),
+                Some(host) => return Err(fail(format!("{end} {}, want a host whose monitor tells of it", host.standing))),
                 None => return Err(fail(format!("there is no host {end}"))),
             }
         }

@@ -86,7 +86,10 @@ fn tell(text: &mut String, state: &State, migration: &Migration, now: Instant) {
 fn when(state: &State, now: Instant, then: Option<Utc>) -> String {
     let Some(then) = then else { return "recorded by an earlier version, which did not say when".into() };
     let ago = state.times.utc(now).map(|now| Duration::from_nanos(now.0.saturating_sub(then.0)).as_secs());
-    format!("{then}, {:?} ago", Duration::from_secs(ago.unwrap_or(0)))
+    match ago.unwrap_or(0) {
+        0 => format!("{then}, just now"),
+        ago => format!("{then}, {:?} ago", Duration::from_secs(ago)),
+    }
 }
 
 /// Whether a text names a VM, and not one whose name merely begins alike.

@@ -48,6 +48,17 @@ pub enum Standing {
     Away,
 }
 
+impl fmt::Display for Standing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Live => f.write_str("was observed just now"),
+            Self::Stale(Some(age)) => write!(f, "was last observed {} s ago", age.as_secs()),
+            Self::Stale(None) => f.write_str("is connected and was not observed yet: that takes its monitor's period"),
+            Self::Away => f.write_str("is away"),
+        }
+    }
+}
+
 /// One VM.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Vm {

@@ -44,7 +44,7 @@ fn what_is_illegal_is_refused_by_name() {
         (vec![("alpha-c9", "h1", "h3")], "no such VM"),
         (vec![("alpha-c1", "h2", "h3")], "not on h2"),
         (vec![("alpha-c1", "h1", "h1")], "on h1 already"),
-        (vec![("alpha-c1", "h1", "h4")], "want a live host"),
+        (vec![("alpha-c1", "h1", "h4")], "h4 is away, want a host whose monitor tells of it"),
         (vec![("alpha-c1", "h1", "h9")], "no host h9"),
         (vec![("alpha-c1", "h1", "h5")], "runs libvirt"),
         (vec![("alpha-head", "h1", "h3")], "home domain"),
