@@ -134,6 +134,13 @@ fn is_of_time(error: &rustls::Error) -> bool {
     matches!(why, Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. })
 }
 
+/// What both ends of every connection must have: all of them are ours, so there is one key exchange, which a recording of
+/// today does not give to a quantum computer of tomorrow (draft-ietf-tls-ecdhe-mlkem).
+fn provider() -> CryptoProvider {
+    use rustls::crypto::aws_lc_rs::{default_provider, kx_group::X25519MLKEM768};
+    CryptoProvider { kx_groups: vec![X25519MLKEM768], ..default_provider() }
+}
+
 impl Credentials {
     /// Reads the files and checks that the certificate names a host and a domain, is of the authority, and has this key; not that
     /// it is valid now, for which see [`Self::must_be_valid`].
@@ -149,7 +156,7 @@ impl Credentials {
             why: error.to_string(),
         })?;
         let identity = identity(&chain[0])?;
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let provider = Arc::new(provider());
         CertifiedKey::from_der(chain.clone(), key.clone_key(), &provider).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => TlsError::Unusable(format!(
                 "{} is not the key of {}: want the two that were made together",
@@ -213,6 +220,15 @@ impl Credentials {
 
     /// Configuration of the side that is called: asks for a certificate of the same authority.
     pub fn server(&self, alpn: &[u8], timing: Timing) -> Result<quinn::ServerConfig, TlsError> {
+        let crypto = QuicServerConfig::try_from(self.server_tls(alpn)?).map_err(|error| TlsError::Unusable(error.to_string()))?;
+        let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+        server.transport_config(timing.transport(alpn, false));
+        // A peer's address is that of its connection; between switches one that roams is followed once it has proved itself.
+        server.migration(alpn == alpn::MESH);
+        Ok(server)
+    }
+
+    fn server_tls(&self, alpn: &[u8]) -> Result<rustls::ServerConfig, TlsError> {
         let unusable = |error: &dyn fmt::Display| TlsError::Unusable(error.to_string());
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider))
             .build()
@@ -227,16 +243,19 @@ impl Credentials {
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.max_early_data_size = 0;
-        let crypto = QuicServerConfig::try_from(config).map_err(|error| unusable(&error))?;
-        let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-        server.transport_config(timing.transport(alpn));
-        // A peer's address is that of its connection: a roaming one would have to prove itself first.
-        server.migration(false);
-        Ok(server)
+        Ok(config)
     }
 
     /// Configuration of the side that calls: accepts `expected` only, or anybody the authority knows.
     pub fn client(&self, alpn: &[u8], expected: Option<HostId>, timing: Timing) -> Result<quinn::ClientConfig, TlsError> {
+        let config = self.client_tls(alpn, expected)?;
+        let crypto = QuicClientConfig::try_from(config).map_err(|error| TlsError::Unusable(error.to_string()))?;
+        let mut client = quinn::ClientConfig::new(Arc::new(crypto));
+        client.transport_config(timing.transport(alpn, true));
+        Ok(client)
+    }
+
+    fn client_tls(&self, alpn: &[u8], expected: Option<HostId>) -> Result<rustls::ClientConfig, TlsError> {
         let unusable = |error: &dyn fmt::Display| TlsError::Unusable(error.to_string());
         let inner = WebPkiServerVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider))
             .build()
@@ -251,10 +270,7 @@ impl Credentials {
         config.alpn_protocols = vec![alpn.to_vec()];
         config.resumption = Resumption::disabled();
         config.enable_early_data = false;
-        let crypto = QuicClientConfig::try_from(config).map_err(|error| unusable(&error))?;
-        let mut client = quinn::ClientConfig::new(Arc::new(crypto));
-        client.transport_config(timing.transport(alpn));
-        Ok(client)
+        Ok(config)
     }
 }
 
@@ -269,11 +285,12 @@ pub struct Timing {
 
 impl Timing {
     /// Between daemons that must notice each other's death soon: lost after 1.5 s.
-    pub const BRISK: Self = Self { keep_alive: Duration::from_millis(300), idle: Duration::from_millis(1500) };
+    pub const BRISK: Self = Self { keep_alive: Duration::from_millis(400), idle: Duration::from_millis(1500) };
     /// Between daemons that can wait: lost after 6 s.
     pub const CALM: Self = Self { keep_alive: Duration::from_secs(1), idle: Duration::from_secs(6) };
 
-    fn transport(self, alpn: &[u8]) -> Arc<quinn::TransportConfig> {
+    /// The end that calls pokes; that it is answered is a sign of life to it, and the poke one to the other end.
+    fn transport(self, alpn: &[u8], calls: bool) -> Arc<quinn::TransportConfig> {
         let mut transport = quinn::TransportConfig::default();
         let idle_ms = u32::try_from(self.idle.as_millis()).unwrap_or(u32::MAX);
         let window = quinn::VarInt::from_u32(if alpn == alpn::IMAGE { IMAGE_WINDOW } else { WINDOW });
@@ -281,7 +298,7 @@ impl Timing {
         // One stream is mostly all there is: it may fill the connection's window.
         transport.receive_window(window).stream_receive_window(window).datagram_receive_buffer_size(None);
         transport.max_concurrent_bidi_streams(streams.into()).max_concurrent_uni_streams(MESH_STREAMS.into());
-        transport.keep_alive_interval(Some(self.keep_alive)).max_idle_timeout(Some(quinn::VarInt::from_u32(idle_ms).into()));
+        transport.keep_alive_interval(calls.then_some(self.keep_alive)).max_idle_timeout(Some(quinn::VarInt::from_u32(idle_ms).into()));
         Arc::new(transport)
     }
 }
@@ -351,3 +368,7 @@ impl ServerCertVerifier for MemberVerifier {
         self.inner.supported_verify_schemes()
     }
 }
+
+#[cfg(test)]
+#[path = "tls_tests.rs"]
+mod tests;
