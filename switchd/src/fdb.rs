@@ -226,10 +226,15 @@ impl Inner {
         let (count, queue) = self.places.entry(place).or_default();
         *count += 1;
         queue.push_back(key);
-        // A MAC that wanders to and fro leaves a key behind each time: sweep before they outnumber the entries.
+        self.sweep(place);
+    }
+
+    /// A MAC that wanders to and fro leaves a key behind each time: they go before they outnumber the entries.
+    fn sweep(&mut self, place: Place) {
+        let Some((count, queue)) = self.places.get_mut(&place) else { return };
         if queue.len() > 2 * *count + 16 {
             let entries = &self.entries;
-            let mut seen = std::collections::HashSet::new();
+            let mut seen = HashSet::new();
             queue.retain(|key| entries.get(key).is_some_and(|entry| entry.place == place) && seen.insert(*key));
         }
     }
@@ -239,6 +244,8 @@ impl Inner {
             *count -= 1;
             if *count == 0 {
                 self.places.remove(&place);
+            } else {
+                self.sweep(place);
             }
         }
     }
