@@ -2,8 +2,9 @@
 //!
 //! Pure: events and `now` in, [`Effect`]s out. Safety invariant: at any instant at most one unfenced port for each owned
 //! MAC. Messages may be lost, repeated or reordered, switches may die; only the owner grants, one grant outstanding. This
-//! file holds what is known and the ports; `moves/local.rs` the hypervisor's word and time; `moves/heard.rs` what peers say;
-//! `moves/tests.rs` runs random schedules against the invariant.
+//! file holds what is known and the ports; `moves/source.rs`, `moves/destination.rs` and `moves/bystander.rs` the three parts a switch
+//! can have in a move; `moves/local.rs` the hypervisor's word and time; `moves/heard.rs` steps that peers tell; `moves/view.rs` what is
+//! told of all that. `moves/model.rs` looks through all schedules of a small world, `moves/tests.rs` runs random ones.
 //!
 //! ```text
 //! Source  OWNED ─grant→ GRANTED ─VM stopped→ FENCED ─destination owns→ GONE
@@ -17,12 +18,18 @@
 //! its VM runs asks for it (FENCE) and owns on the answer: one round trip. It owns without an answer only when the source
 //! cannot be reached for [`PATIENCE`]: the hypervisor's word that the VM runs here says that it does not run there.
 
+mod bystander;
+mod destination;
 mod heard;
 mod local;
 #[cfg(test)]
+mod model;
+mod source;
+#[cfg(test)]
 mod tests;
+mod view;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::Duration;
 use violin_common::api::switch::{MoveSeen, MoveState, Ownership};
 use violin_common::control::mesh::{Message, OwnedAt, Step};
@@ -47,7 +54,7 @@ const HEARD_MOVES: u32 = u32::MAX / 2;
 pub type Key = (Vni, MacAddr);
 
 /// What is to be done about a move.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Effect {
     /// Tell one peer; lost if it is not connected.
     Send {
@@ -75,7 +82,7 @@ pub enum Effect {
 }
 
 /// A grant we gave.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Given {
     epoch: Epoch,
     to: HostId,
@@ -91,7 +98,7 @@ struct Given {
 }
 
 /// A grant we got.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Got {
     epoch: Epoch,
     from: HostId,
@@ -101,7 +108,7 @@ struct Got {
     told: Instant,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Entry {
     port: Option<PortId>,
     vm: Option<VmId>,
@@ -210,14 +217,14 @@ pub enum Until {
     Released,
 }
 
-/// All owned MACs this switch knows of.
-#[derive(Debug)]
+/// All owned MACs this switch knows of. A value: a copy goes the same way as the original, and effects come in the order of MACs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Moves {
     host: HostId,
-    entries: HashMap<Key, Entry>,
+    entries: BTreeMap<Key, Entry>,
     effects: Vec<Effect>,
     /// How many MACs each peer has made us remember; those forgotten since the last tick are still among them.
-    told: HashMap<HostId, usize>,
+    told: BTreeMap<HostId, usize>,
     /// Owned MACs that peers named and that were not taken down, since the start: group addresses, networks not carried here,
     /// more than there is room for.
     pub macs_refused: u64,
@@ -226,7 +233,7 @@ pub struct Moves {
 impl Moves {
     /// Knows nothing yet. `host` is ours.
     pub fn new(host: HostId) -> Self {
-        Self { host, entries: HashMap::new(), effects: Vec::new(), told: HashMap::new(), macs_refused: 0 }
+        Self { host, entries: BTreeMap::new(), effects: Vec::new(), told: BTreeMap::new(), macs_refused: 0 }
     }
 
     /// Takes what is to be done since the last call.
