@@ -44,7 +44,7 @@ fn is_data(frame: &[u8]) -> bool {
         && frame[12..14] == [8, 0]
         && frame[23] == 17
         && frame[36..38] == MESH_PORT.to_be_bytes()
-        && frame[HEADERS] == 0x11
+        && frame[HEADERS] == 0x23
 }
 
 fn marks(frame: &[u8]) -> u8 {
@@ -54,7 +54,7 @@ fn marks(frame: &[u8]) -> u8 {
 #[test]
 #[ignore = "needs root"]
 fn a_late_frame_is_marked_and_forwarded_once() {
-    let fabric = Fabric::start(3);
+    let fabric = Fabric::start_plain(3);
     fabric.carry(&network(7));
     let [h1, h2, h3] = fabric.hosts.as_slice() else { panic!("three hosts") };
     let here = h1.owned_guest(7, X, "alpha-c1");

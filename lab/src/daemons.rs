@@ -20,7 +20,7 @@ use violin_common::api::Response;
 use violin_common::api::adapt::{AdaptReply, AdaptRequest};
 use violin_common::config::adapt::AdaptConfig;
 use violin_common::config::monitor::{Capacity, Driver, MonitorConfig};
-use violin_common::config::switch::{Aead, SwitchConfig};
+use violin_common::config::switch::{AeadChoice, LibraryChoice, SwitchConfig};
 use violin_common::config::{ConfigError, Span};
 
 /// UDP port of the mesh.
@@ -86,7 +86,9 @@ pub(crate) fn configure_host(config: &LabConfig, state: &LabState, host: &HostSt
         join: first.map(|first| SocketAddr::from((first.address, first.mesh_port))).into_iter().collect(),
         socket: host.switch_socket.clone(),
         tls: tls.clone(),
-        aead: Aead::None,
+        aead: AeadChoice::Auto,
+        aead_library: LibraryChoice::Auto,
+        plain: Vec::new(),
         underlay_mtu: 1500,
         networks: Vec::new(),
         ports: Vec::new(),

@@ -71,12 +71,28 @@ reasons! {
     TunnelOverrun = "tunnel-overrun",
     /// A datagram on the mesh port is empty, or neither QUIC nor of the mesh format, or of QUIC and larger than QUIC's are here.
     BadDatagram = "bad-datagram",
-    /// A datagram of a kind that this version does not handle.
-    UnknownKind = "unknown-kind",
-    /// A datagram came with a receiver index we gave to nobody.
+    /// A datagram came with a receiver index that we gave to nobody, or whose session has ended.
     UnknownReceiver = "unknown-receiver",
-    /// A datagram came from another address than the peer's.
+    /// A plain datagram came from another address than the peer's. (A sealed one says who it is from.)
     WrongAddress = "wrong-address",
+    /// A plain datagram came through another interface than the configuration names.
+    WrongInterface = "wrong-interface",
+    /// A plain datagram without the cookie that we gave its sender.
+    BadCookie = "bad-cookie",
+    /// A plain datagram of a peer whose data is sealed, or the other way round.
+    WrongProtection = "wrong-protection",
+    /// A sealed datagram of a queue that its sender did not tell of.
+    UnknownQueue = "unknown-queue",
+    /// A sealed datagram of an epoch for which there is no key here (any more, or yet).
+    UnknownEpoch = "unknown-epoch",
+    /// A sealed datagram that came before, or so late that nobody can tell.
+    Replayed = "replayed",
+    /// A sealed datagram that was not made with the session's key: forged, or spoilt on the way.
+    NotAuthentic = "not-authentic",
+    /// There is no key for it: the session is not, or no longer, this worker's.
+    NoKey = "no-key",
+    /// The key has sealed all that it may, and the peer has not said that it has the next one.
+    KeyExhausted = "key-exhausted",
     /// A peer sent data of a network it may not carry or we do not carry.
     ForeignNetwork = "foreign-network",
     /// A slice's header contradicts itself or its bytes.

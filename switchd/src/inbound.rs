@@ -1,4 +1,4 @@
-//! A datagram's way in: admit by index and address → open → check the network → parse → merge → learn → lookup → deliver.
+//! A datagram's way in: session by index → open → check the network → parse → merge → learn → lookup → deliver.
 //!
 //! Consecutive slices of one super-frame become one super-frame again without being copied: the parts handed to a port
 //! point into the receive buffers. A gap, or the end of what was received, ends the super-frame; what is there leaves as a
@@ -7,15 +7,18 @@
 use crate::drops::DropReason;
 use crate::fdb::Learned;
 use crate::reassembly::MAX_FRAME;
+use crate::seal::session::Session;
 use crate::slice::Crossing;
-use crate::tables::{Forwarding, Network, Peer, PeerSlot, Place};
+use crate::tables::{Forwarding, Network, Peer, PeerSlot, Place, WorkerEvent};
 use crate::transport::{MAX_HEADERS, Part, Transport};
+use crate::tunnel::Tunnel;
 use crate::virtio::Offload;
 use crate::worker::{Egress, Passing, Worker, largest_frame};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use violin_common::wire::ethernet::Header;
-use violin_common::wire::mesh::{Kind, LARGEST_PACKET, OUTER_LEN, Outer, SLICE_LEN, Segmentation, Slice, mark};
+use violin_common::wire::mesh::{Kind, LARGEST_PACKET, Outer, Probe, SLICE_LEN, Segmentation, Slice, mark};
 use violin_common::{Instant, MacAddr};
 
 /// Parts one write can take: IOV_MAX is 1024, and a port adds headers of its own.
@@ -59,10 +62,10 @@ impl<'b> Merge<'b> {
             return false;
         }
         let Some((_, piece)) = bytes.split_at_checked(self.transport.payload) else { return false };
-        let full = piece.len() == usize::from(slice.segment_size);
+        // Whole segments, but for the last of all.
+        let whole = piece.len().is_multiple_of(usize::from(slice.segment_size));
         let end = self.next as usize + piece.len();
-        let last = end == slice.total as usize && piece.len() <= usize::from(slice.segment_size);
-        if piece.is_empty() || end > slice.total as usize || !(full || last) {
+        if piece.is_empty() || end > slice.total as usize || !(whole || end == slice.total as usize) {
             return false;
         }
         self.parts.push(piece);
@@ -75,18 +78,28 @@ impl<'b> Merge<'b> {
     }
 }
 
+/// How a datagram came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrival {
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// Through which interface, by its number; 0: not known.
+    pub interface: u32,
+}
+
 impl Worker {
-    /// Takes one datagram that is not QUIC's. `merging` carries super-frames over from one datagram to the next.
+    /// Takes one datagram that is not QUIC's; it is opened in place. `merging` carries super-frames over from one datagram to
+    /// the next.
     pub fn inbound<'b>(
         &mut self,
         now: Instant,
         tables: &Forwarding,
-        from: SocketAddr,
-        datagram: &'b [u8],
+        arrival: Arrival,
+        datagram: &'b mut [u8],
         merging: &mut Merging<'b>,
         out: &mut dyn Egress,
     ) {
-        if let Err(reason) = self.datagram_in(now, tables, from, datagram, merging, out) {
+        if let Err(reason) = self.datagram_in(now, tables, arrival, datagram, merging, out) {
             self.counters.drops.count(reason);
         }
     }
@@ -97,23 +110,44 @@ impl Worker {
         self.depart(tables, out);
     }
 
+    /// Opens a datagram: nothing in it is believed, nor counted as its sender's, before that.
+    fn opened<'b>(
+        &mut self,
+        now: Instant,
+        (index, session, peer): (u32, &Arc<Session>, &Peer),
+        arrival: Arrival,
+        (outer, datagram): (&Outer, &'b mut [u8]),
+        out: &mut dyn Egress,
+    ) -> Result<&'b mut [u8], DropReason> {
+        let (len, same_address, limits) = (datagram.len() as u64, peer.address == arrival.from, self.limits);
+        let tunnel = self.tunnels.entry(index).or_insert_with(|| Tunnel::new(now, session, limits));
+        let body = tunnel.open(now, outer, (same_address, arrival.interface), datagram)?;
+        peer.traffic.admitted(1, len);
+        if tunnel.has_news(outer.queue) {
+            tunnel.report_epochs(|queue, epoch| out.tell(WorkerEvent::Opened { session: index, queue, epoch }));
+        }
+        if !same_address && tunnel.may_report_roaming(now) {
+            let _ = out.tell(WorkerEvent::Roamed { session: index, from: arrival.from });
+        }
+        Ok(body)
+    }
+
     fn datagram_in<'b>(
         &mut self,
         now: Instant,
         tables: &Forwarding,
-        from: SocketAddr,
-        datagram: &'b [u8],
+        arrival: Arrival,
+        datagram: &'b mut [u8],
         merging: &mut Merging<'b>,
         out: &mut dyn Egress,
     ) -> Result<(), DropReason> {
         let outer = Outer::parse(datagram).map_err(|_| DropReason::BadDatagram)?;
-        let (slot, peer) = admit(tables, from, &outer)?;
-        peer.traffic.admitted(1, datagram.len() as u64);
-        if outer.kind != Kind::Data {
-            return Err(DropReason::UnknownKind);
+        let &(slot, ref session) = tables.by_receiver.get(&outer.receiver).ok_or(DropReason::UnknownReceiver)?;
+        let peer = tables.peers.get(usize::from(slot.0)).and_then(Option::as_ref).ok_or(DropReason::UnknownReceiver)?;
+        let body: &'b [u8] = self.opened(now, (outer.receiver, session, peer), arrival, (&outer, datagram), out)?;
+        if outer.kind == Kind::Probe {
+            return self.probe_in(now, tables, (outer.receiver, arrival.from), body, out);
         }
-        // Opening a sealed body belongs here, before anything in it is believed.
-        let body = datagram.get(OUTER_LEN..).ok_or(DropReason::BadDatagram)?;
         let slice = Slice::parse(body).map_err(|_| DropReason::BadSlice)?;
         if !tables.networks.contains_key(&slice.vni) || !peer.networks.contains(&slice.vni) {
             return Err(DropReason::ForeignNetwork);
@@ -138,11 +172,29 @@ impl Worker {
         if slice.offset == 0 && slice.total as usize == bytes.len() {
             return self.ordinary_in(now, tables, slot, &slice, bytes, out);
         }
-        let reassembly = self.reassembly.entry(slot).or_default();
+        let tunnel = self.tunnels.get_mut(&outer.receiver).ok_or(DropReason::UnknownReceiver)?;
         let drops = &self.counters.drops;
-        match reassembly.take(now, outer.queue, &slice, bytes, |reason| drops.count(reason))? {
+        match tunnel.reassembly.take(now, outer.queue, &slice, bytes, |reason| drops.count(reason))? {
             Some(frame) => self.ordinary_in(now, tables, slot, &slice, &frame, out),
             None => Ok(()),
+        }
+    }
+
+    /// A challenge is answered on the way it came; an answer is the control side's to judge.
+    fn probe_in(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        (session, from): (u32, SocketAddr),
+        body: &[u8],
+        out: &mut dyn Egress,
+    ) -> Result<(), DropReason> {
+        match Probe::parse(body).map_err(|_| DropReason::BadDatagram)? {
+            Probe::Challenge(token) => self.probe(now, tables, session, from, Probe::Answer(token)),
+            Probe::Answer(token) => {
+                let _ = self.tell(WorkerEvent::Answered { session, token, from }, out);
+                Ok(())
+            }
         }
     }
 
@@ -184,7 +236,7 @@ impl Worker {
         if !whole {
             merge.parts[0] = &headers[..transport.payload];
         }
-        let several = merge.parts.len() > 2;
+        let several = merge.next - first.offset > u32::from(first.segment_size);
         let offload = Offload {
             checksum: Some(transport.checksum()),
             segmentation: if several { first.segmentation } else { Segmentation::None },
@@ -236,7 +288,7 @@ impl Worker {
                     let frame = passing.parts.concat();
                     let Passing { vni, offload, transport, .. } = *passing;
                     let crossing = Crossing { vni, marks: mark::MOVED, offload, transport, frame: &frame };
-                    self.cross(tables, peer, &crossing, out);
+                    self.cross(now, tables, peer, &crossing, out);
                 }
                 (None, Place::Peer(_)) => return Err(DropReason::SplitHorizon),
                 (None, Place::Nowhere) => return Err(DropReason::OwnerUnreachable),
@@ -263,14 +315,4 @@ impl Worker {
             self.hand_over(now, tables, port, &passing, out);
         }
     }
-}
-
-/// Whose datagram it is: the index must be one we gave away, and the datagram must come from where that peer is.
-fn admit<'t>(tables: &'t Forwarding, from: SocketAddr, outer: &Outer) -> Result<(PeerSlot, &'t Peer), DropReason> {
-    let slot = *tables.by_receiver.get(&outer.receiver).ok_or(DropReason::UnknownReceiver)?;
-    let peer = tables.peers.get(usize::from(slot.0)).and_then(Option::as_ref).ok_or(DropReason::UnknownReceiver)?;
-    if peer.address != from {
-        return Err(DropReason::WrongAddress);
-    }
-    Ok((slot, peer))
 }

@@ -1,10 +1,11 @@
 //! The fabric: one layer-2 switch per virtual network, spread over all hosts.
 //!
 //! A frame's way out: [`tables`] (what a worker knows) → [`outbound`] (port → parse → admit → learn → lookup → slice →
-//! burst). Its way in: [`inbound`] (datagram → admit → parse → merge → learn → lookup → deliver). [`worker`] holds what
+//! [`seal`] → burst). Its way in: [`inbound`] (datagram → open → parse → merge → learn → lookup → deliver). [`worker`] holds what
 //! both need between two vectors of frames; none of them reads a clock or opens a socket, that is done in `io`.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
+#![warn(clippy::disallowed_methods, clippy::disallowed_types)]
 
 // Data plane.
 pub mod counters;
@@ -14,11 +15,14 @@ pub mod inbound;
 pub mod nested;
 pub mod outbound;
 pub mod reassembly;
+pub mod seal;
 pub mod slice;
+pub mod spin;
 pub mod tables;
 pub mod toobig;
 pub mod traffic;
 pub mod transport;
+mod tunnel;
 pub mod virtio;
 pub mod worker;
 
@@ -28,6 +32,8 @@ pub mod moves;
 pub mod switch;
 
 #[cfg(feature = "io")]
+#[allow(clippy::disallowed_methods, clippy::disallowed_types)]
 pub mod io;
 #[cfg(feature = "io")]
+#[allow(clippy::disallowed_methods, clippy::disallowed_types)]
 pub mod port;

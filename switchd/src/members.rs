@@ -4,9 +4,11 @@
 //! is connected with, so everybody calls everybody. A lost member is called for ever, with back-off; one that left is not.
 
 mod rivals;
+mod sessions;
 mod troubles;
 
 pub use rivals::Rivals;
+pub use sessions::{Agreed, Context, Sessions, words};
 pub use troubles::{Told, Trouble};
 
 use crate::counters::PeerCounters;
@@ -15,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
-use violin_common::control::mesh::{self, Aead, Hello, Member as Hint};
+use violin_common::control::mesh::{self, Hello, Member as Hint, Offer};
 use violin_common::{DomainId, HostId, Instant, Vni};
 
 /// First pause between two calls of the same member; doubles up to [`BACKOFF_MAX`].
@@ -26,6 +28,12 @@ pub const BACKOFF_MAX: Duration = Duration::from_secs(3);
 const AFTER_LOSS: Duration = Duration::from_millis(50);
 /// How long the higher name of two lets the lower one call, so that they seldom call at once.
 const LET_OTHER_CALL: Duration = Duration::from_millis(300);
+/// Age of a session at which a new one is made, with a new handshake.
+pub const RENEW: Duration = Duration::from_secs(3600);
+/// Connections of one peer that may wait for a newer one to be known at both ends.
+const STANDBY: usize = 3;
+/// How long the end that was called lets the other renew.
+const LET_OTHER_RENEW: Duration = Duration::from_secs(60);
 /// Members at most: a bound on what a member can make us remember. One that comes itself takes the place of one that was only
 /// told of.
 pub const LIMIT: usize = 1024;
@@ -89,6 +97,8 @@ pub struct Member {
     pub slot: Option<PeerSlot>,
     /// The connection that counts.
     pub link: Option<LinkId>,
+    /// Older ones, kept until the peer is known to have the one that counts.
+    standby: Vec<LinkId>,
     /// What it counted; survives connections.
     pub traffic: Arc<PeerCounters>,
     boot: Option<u64>,
@@ -102,29 +112,64 @@ pub struct Member {
     refused: Option<Trouble>,
     /// Networks that have another MTU there, as was seen on its last connection.
     mtus: Option<Trouble>,
+    /// What its data is protected by.
+    pub sessions: Sessions,
+    /// Its data could go plain as far as our configuration says, not as far as its own does.
+    unsealed: Option<Trouble>,
+    /// Calls for a new session while the present one stands.
+    renewal: Dial,
 }
 
 impl Member {
     fn new(address: SocketAddr, dial: Dial) -> Self {
         let traffic = Arc::default();
-        let (domain, slot, link, boot, lost, refused, mtus) = (None, None, None, None, None, None, None);
-        let (rivals, same_boot) = (Rivals::default(), false);
-        Self { domain, address, slot, link, traffic, boot, same_boot, dial, lost, rivals, refused, mtus }
+        let (domain, slot, link, boot, lost, refused, mtus, unsealed) = (None, None, None, None, None, None, None, None);
+        let (standby, rivals, same_boot) = (Vec::new(), Rivals::default(), false);
+        let (sessions, renewal) = (Sessions::default(), Dial::at(Instant(u64::MAX)));
+        Self {
+            domain,
+            address,
+            slot,
+            link,
+            standby,
+            traffic,
+            boot,
+            same_boot,
+            dial,
+            lost,
+            rivals,
+            refused,
+            mtus,
+            sessions,
+            unsealed,
+            renewal,
+        }
     }
 }
 
 /// Both ends of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ends {
     /// The peer's.
     pub theirs: SocketAddr,
     /// To which of our addresses the peer called; none: we called, or have only one.
     pub ours: Option<IpAddr>,
+    /// The underlay interface that leads there, where plain data is spoken of.
+    pub via: Option<Via>,
+}
+
+/// An interface of the underlay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Via {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub index: u32,
 }
 
 impl From<SocketAddr> for Ends {
     fn from(theirs: SocketAddr) -> Self {
-        Self { theirs, ours: None }
+        Self { theirs, ours: None, via: None }
     }
 }
 
@@ -141,13 +186,18 @@ pub struct Link {
     pub ours: Option<IpAddr>,
     /// The index we give this peer.
     pub index: u32,
+    /// What we offer it.
+    pub offer: Offer,
+    /// The underlay interface it is reached through, if plain data is offered; else 0.
+    interface: u32,
     /// What it said first.
     pub hello: Option<Hello>,
     /// Networks it carries now.
     pub networks: BTreeSet<Vni>,
     /// Their MTUs, where it told.
     pub mtus: BTreeMap<Vni, u16>,
-    called: bool,
+    /// Whether we called.
+    pub called: bool,
 }
 
 /// What a HELLO led to.
@@ -155,8 +205,8 @@ pub struct Link {
 pub enum Greeted {
     /// The connection counts from now on; another one may have to go.
     Up {
-        /// Superseded connection of the same peer.
-        replaced: Option<LinkId>,
+        /// Connections of the same peer that have to go at once.
+        replaced: Vec<LinkId>,
         /// Whether the peer's daemon is the one known before.
         same_boot: bool,
     },
@@ -185,6 +235,7 @@ pub struct Members {
     hosts: BTreeMap<HostId, Member>,
     links: HashMap<LinkId, Link>,
     slots: Vec<bool>,
+    renew: Duration,
     /// Who else has our own name.
     twins: Rivals,
     /// Hints refused since the start because there were [`LIMIT`] members.
@@ -194,12 +245,12 @@ pub struct Members {
 }
 
 impl Members {
-    /// Nobody yet. `host` and `boot` are ours.
-    pub fn new(now: Instant, host: HostId, boot: u64, join: &[SocketAddr]) -> Self {
+    /// Nobody yet. `host` and `boot` are ours; `renew`: see [`RENEW`].
+    pub fn new(now: Instant, (host, boot): (HostId, u64), renew: Duration, join: &[SocketAddr]) -> Self {
         let join = join.iter().map(|address| (*address, Dial::at(now))).collect();
         let (ourselves, met, hosts) = (BTreeSet::new(), BTreeMap::new(), BTreeMap::new());
         let (links, slots, twins, hints_refused, twins_refused) = (HashMap::new(), Vec::new(), Rivals::default(), 0, 0);
-        Self { host, boot, join, ourselves, met, hosts, links, slots, twins, hints_refused, twins_refused }
+        Self { host, boot, join, ourselves, met, hosts, links, slots, renew, twins, hints_refused, twins_refused }
     }
 
     /// Replaces the addresses of known members.
@@ -230,18 +281,36 @@ impl Members {
             }
         }
         for (host, member) in &mut self.hosts {
-            if member.link.is_none() && member.dial.due(now) {
+            let renews = member.link.is_some() && member.renewal.due(now);
+            if renews || member.link.is_none() && member.dial.due(now) {
                 calls.push(Call { address: member.address, expected: Some(host.clone()) });
             }
         }
         calls
     }
 
-    /// A connection stands; `index` is what we will tell the peer. HELLOs follow.
-    pub fn connected(&mut self, link: LinkId, host: HostId, domain: DomainId, ends: Ends, called: bool, index: u32) {
+    /// When [`Self::due`] has somebody to call, if nothing happens before.
+    pub fn next_call(&self) -> Option<Instant> {
+        let known = self.known();
+        let join = self.join.iter().filter(|(address, _)| !known.contains(address)).map(|(_, dial)| dial);
+        let members = self.hosts.values().map(|member| if member.link.is_some() { &member.renewal } else { &member.dial });
+        join.chain(members).filter(|dial| !dial.busy).map(|dial| dial.next).min()
+    }
+
+    /// A connection stands; `index` and `offer` are what we will tell the peer. HELLOs follow.
+    pub fn connected(
+        &mut self,
+        link: LinkId,
+        (host, domain): (HostId, DomainId),
+        ends: Ends,
+        called: bool,
+        (index, offer): (u32, Offer),
+    ) {
         let (networks, mtus) = Default::default();
-        let Ends { theirs: address, ours } = ends;
-        self.links.insert(link, Link { host, domain, address, ours, index, hello: None, networks, mtus, called });
+        let Ends { theirs: address, ours, via } = ends;
+        let interface = via.map_or(0, |via| via.index);
+        self.links
+            .insert(link, Link { host, domain, address, ours, index, offer, interface, hello: None, networks, mtus, called });
     }
 
     /// The peer's HELLO has come.
@@ -278,9 +347,7 @@ impl Members {
                 mesh::PROTOCOL
             ));
         }
-        if hello.aead != Aead::None {
-            return Err(format!("got aead {:?}, want None: both ends must be configured alike", hello.aead));
-        }
+        sessions::acceptable(&link.offer, hello.offer.as_ref())?;
         if hello.max_datagram < MIN_DATAGRAM {
             return Err(format!(
                 "got max-datagram {}, want {MIN_DATAGRAM} or more: see underlay-mtu at the other end",
@@ -298,16 +365,23 @@ impl Members {
             return Ok(Greeted::Contested { standing });
         }
         let member = self.hosts.entry(host.clone()).or_insert_with(|| Member::new(address, Dial::at(now)));
-        let mut replaced = None;
+        let mut replaced = Vec::new();
         if let Some(old) = member.link {
             let old_called = self.links.get(&old).is_some_and(|link| link.called);
             let lower_called_old = if old_called { self.host < host } else { host < self.host };
             if member.boot == Some(hello.boot) && old_called != called && lower_called_old {
                 return Ok(Greeted::Superseded);
             }
-            replaced = Some(old);
+            member.standby.push(old);
         }
         let same_boot = member.boot == Some(hello.boot);
+        if !same_boot {
+            // Whoever started anew has none of the keys, nor the other ends of those connections.
+            member.sessions = Sessions::default();
+            replaced.append(&mut member.standby);
+        } else if member.standby.len() > STANDBY {
+            replaced.push(member.standby.remove(0));
+        }
         if member.slot.is_none() {
             let free = self.slots.iter().position(|taken| !taken).unwrap_or(self.slots.len());
             if free == self.slots.len() {
@@ -321,6 +395,7 @@ impl Members {
         member.same_boot = same_boot;
         member.rivals.remove(hello.boot);
         (member.address, member.link, member.boot, member.dial) = (address, Some(id), Some(hello.boot), Dial::at(now));
+        member.renewal = Dial::at(now + self.renew + if called { Duration::ZERO } else { LET_OTHER_RENEW });
         if let Some(link) = self.links.get_mut(&id) {
             link.networks = hello.networks.iter().copied().collect();
             link.hello = Some(hello);
@@ -337,8 +412,18 @@ impl Members {
     /// A connection has ended. Returns the peer that was lost with it, if it was the one that counts.
     pub fn closed(&mut self, now: Instant, id: LinkId) -> Option<HostId> {
         let link = self.links.remove(&id)?;
-        let member = self.hosts.get_mut(&link.host).filter(|member| member.link == Some(id))?;
-        member.link = None;
+        let member = self.hosts.get_mut(&link.host)?;
+        member.standby.retain(|standby| *standby != id);
+        if member.link != Some(id) {
+            return None;
+        }
+        member.link = member.standby.pop();
+        if member.link.is_some() {
+            // The new connection came to nothing before the other end knew of it: the old one counts again.
+            member.sessions.retract(now, id);
+            return None;
+        }
+        member.sessions = Sessions::default();
         member.lost = Some(now);
         let lost = Trouble { told: Told::Lost, since: now };
         let soon = AFTER_LOSS + patience(&self.host, &link.host);
@@ -420,6 +505,11 @@ impl Members {
     /// Whether the peer's daemon is the one we were connected with before.
     pub fn same_boot(&self, host: &HostId) -> bool {
         self.hosts.get(host).is_some_and(|member| member.same_boot)
+    }
+
+    /// Whether its connection takes the place of one that still stands.
+    pub fn is_renewed(&self, host: &HostId) -> bool {
+        self.hosts.get(host).is_some_and(|member| !member.standby.is_empty())
     }
 
     /// The place of a connected or once connected member.

@@ -67,7 +67,7 @@ impl Worker {
         leaving.sort_by_key(|leaving| leaving.peer);
         for Leaving { peer, frame, offload, transport } in leaving.drain(..) {
             let crossing = Crossing { vni: from.1.vni, marks: 0, offload, transport, frame: frames[frame].bytes };
-            self.cross(tables, peer, &crossing, out);
+            self.cross(now, tables, peer, &crossing, out);
         }
         self.leaving = leaving;
         self.depart(tables, out);

@@ -10,12 +10,15 @@ mod heard;
 mod mtus;
 mod peers;
 mod requests;
+mod sessions;
 mod tables;
 #[cfg(test)]
 mod tests;
 
 pub use command::{Command, Expecting, Nic, Wanted};
 use contest::Contest;
+use sessions::Challenge;
+pub use sessions::{Ability, Drawn};
 
 use crate::counters::PortCounters;
 use crate::fdb::Fdb;
@@ -27,15 +30,18 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use violin_common::api::switch::{NetworkSpec, PortSpec, SwitchReply};
-use violin_common::control::mesh::{Aead, Hello, Message, OLDEST, PROTOCOL, feature};
+use violin_common::config::switch::PlainPath;
+use violin_common::control::mesh::{Hello, Message, OLDEST, PROTOCOL, feature};
 use violin_common::{DomainId, HostId, Instant, MacAddr, PortId, Vni};
 
 /// After this time ports that run here claim their MACs even if not all members were reached.
 pub const SETTLE: Duration = Duration::from_secs(2);
 /// How long a request about a move waits for the other end.
 pub const WAIT: Duration = Duration::from_secs(10);
-/// Learned MACs announced between two looks at the clock at most.
+/// Learned MACs announced within [`REFILL`] at most.
 const ANNOUNCEMENTS: u32 = 64;
+/// See there.
+const REFILL: Duration = Duration::from_millis(50);
 /// How often FDBs are swept; workers look at an entry's age when they use it.
 const AGE_EVERY: Duration = Duration::from_secs(1);
 /// Stations in one message: about 90 KiB.
@@ -56,6 +62,14 @@ pub struct Nature {
     pub max_datagram: u16,
     /// Drawn at each start.
     pub boot: u64,
+    /// The ciphers it has.
+    pub ciphers: Vec<Ability>,
+    /// Queues it sends from.
+    pub queues: u16,
+    /// Where data may go plain.
+    pub plain: Vec<PlainPath>,
+    /// Age at which a session is renewed, see [`crate::members::RENEW`].
+    pub renew: Duration,
 }
 
 /// What peers said that was not kept, since the start.
@@ -117,9 +131,14 @@ pub struct Switch {
     settled: bool,
     dirty: bool,
     aged: Instant,
-    /// Learned MACs that may still be announced in this tick.
+    /// Learned MACs that may still be announced.
     announcements: u32,
-    random: u64,
+    /// Since when.
+    refilled: Instant,
+    /// When time was last told.
+    looked: Instant,
+    /// Peers that were seen elsewhere and asked there, by session.
+    challenges: BTreeMap<u32, Challenge>,
     /// Callers whose place somebody else has, until that one answers or is gone.
     contests: BTreeMap<LinkId, Contest>,
     /// Whose MTUs the log has told of lately.
@@ -128,9 +147,9 @@ pub struct Switch {
 }
 
 impl Switch {
-    /// A switch without networks, ports and peers. `seed` makes receiver indices hard to guess.
-    pub fn new(now: Instant, nature: Nature, join: &[SocketAddr], seed: u64) -> Self {
-        let members = Members::new(now, nature.host.clone(), nature.boot, join);
+    /// A switch without networks, ports and peers.
+    pub fn new(now: Instant, nature: Nature, join: &[SocketAddr]) -> Self {
+        let members = Members::new(now, (nature.host.clone(), nature.boot), nature.renew, join);
         let moves = Moves::new(nature.host.clone());
         Self {
             nature,
@@ -146,7 +165,9 @@ impl Switch {
             dirty: true,
             aged: now,
             announcements: ANNOUNCEMENTS,
-            random: seed,
+            refilled: now,
+            looked: now,
+            challenges: BTreeMap::new(),
             contests: BTreeMap::new(),
             mtus_said: Vec::new(),
             commands: Vec::new(),
@@ -164,15 +185,6 @@ impl Switch {
         }
         commands.append(&mut self.commands);
         commands
-    }
-
-    /// SplitMix64 (Steele et al. 2014): enough for indices that an outsider cannot count up.
-    fn draw(&mut self) -> u64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
     }
 
     fn send(&mut self, link: LinkId, message: Message) {
@@ -228,9 +240,24 @@ impl Switch {
         });
     }
 
-    /// Time has passed; call it every 50 ms or so.
+    /// When [`Self::handle_timeout`] is to be called at the latest, if nothing else happens before. `None`: not at all.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let refill = (self.announcements < ANNOUNCEMENTS).then(|| self.refilled + REFILL);
+        // Who has just started looks whether all members were heard.
+        let settle = (!self.settled).then(|| self.looked + REFILL);
+        let waits = self.waiters.iter().map(|waiter| waiter.deadline).min();
+        let ages = self.networks.values().any(|network| !network.fdb.is_empty()).then(|| self.aged + AGE_EVERY);
+        let (calls, sessions) = (self.members.next_call(), self.members.next_expiry());
+        let all = [refill, settle, waits, ages, calls, sessions, self.next_challenge_end(), self.moves.poll_timeout(self.looked)];
+        all.into_iter().flatten().min()
+    }
+
+    /// Time has passed. May be called at any time; nothing is due before [`Self::poll_timeout`].
     pub fn handle_timeout(&mut self, now: Instant) {
-        self.announcements = ANNOUNCEMENTS;
+        self.looked = now;
+        if now.since(self.refilled) >= REFILL {
+            (self.announcements, self.refilled) = (ANNOUNCEMENTS, now);
+        }
         for call in self.members.due(now) {
             self.commands.push(Command::Call(call));
         }
@@ -239,6 +266,8 @@ impl Switch {
             self.moves.settle(now);
             self.dirty = true;
         }
+        self.dirty |= self.members.expire_sessions(now);
+        self.forget_challenges(now);
         let members = &self.members;
         self.moves.tick(now, &|host| members.link_to(host).is_some(), members.complete());
         if now.since(self.aged) < AGE_EVERY {
@@ -253,10 +282,18 @@ impl Switch {
         }
     }
 
-    /// A connection stands: our HELLO goes out.
-    pub fn handle_connected(&mut self, link: LinkId, host: HostId, domain: DomainId, ends: impl Into<Ends>, called: bool) {
-        let index = (self.draw() >> 32) as u32;
-        self.members.connected(link, host, domain, ends.into(), called, index);
+    /// A connection stands: our HELLO goes out. `drawn`: numbers nobody can guess.
+    pub fn handle_connected(
+        &mut self,
+        link: LinkId,
+        (host, domain): (HostId, DomainId),
+        ends: impl Into<Ends>,
+        called: bool,
+        drawn: Drawn,
+    ) {
+        let ends = ends.into();
+        let (index, offer) = self.offer(&domain, &ends, drawn);
+        self.members.connected(link, (host, domain), ends, called, (index, offer.clone()));
         let hello = Hello {
             oldest: OLDEST,
             newest: PROTOCOL,
@@ -265,9 +302,10 @@ impl Switch {
             domain: self.nature.domain.clone(),
             boot: self.nature.boot,
             receiver: index,
-            aead: Aead::None,
+            reserved: 0,
             max_datagram: self.nature.max_datagram,
             networks: self.networks.keys().copied().collect(),
+            offer: Some(offer),
         };
         self.send(link, Message::Hello(hello));
     }
@@ -332,7 +370,7 @@ impl Switch {
     }
 
     /// A worker saw something.
-    pub fn handle_worker(&mut self, event: WorkerEvent) {
+    pub fn handle_worker(&mut self, now: Instant, event: WorkerEvent) {
         match event {
             // Guests can cause these at will: so many in a tick and no more; a flood tells peers as well.
             WorkerEvent::Learned { vni, vid, mac, .. } if self.announcements > 0 => {
@@ -354,6 +392,9 @@ impl Switch {
                      every host"
                 );
             }
+            WorkerEvent::Opened { session, queue, epoch } => self.epoch_begun(session, queue, epoch),
+            WorkerEvent::Roamed { session, from } => self.seen_elsewhere(session, from),
+            WorkerEvent::Answered { session, token, from } => self.challenge_answered(now, session, (from, token)),
             WorkerEvent::Stolen { vni, mac, port } => {
                 let port = self.slots.get(usize::from(port.0)).copied().flatten();
                 tracing::warn!(%vni, %mac, ?port, "a port used a MAC that somebody else owns; refused");

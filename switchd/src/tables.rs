@@ -4,7 +4,9 @@
 //! here: they live in each network's [`Fdb`], which workers write themselves. Read `outbound.rs` and `inbound.rs` next.
 
 use crate::fdb::Fdb;
+use crate::seal::session::Session;
 use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +20,28 @@ pub struct PortSlot(pub u16);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PeerSlot(pub u16);
 
+/// Something for each session's index.
+pub type ByIndex<T> = HashMap<u32, T, BuildHasherDefault<IndexHasher>>;
+
+/// Indices are random numbers of ours: each is its own hash.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct IndexHasher(u64);
+
+impl Hasher for IndexHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.0 = self.0 << 8 | u64::from(*byte));
+    }
+
+    fn write_u32(&mut self, index: u32) {
+        // The table looks at the upper bits and at the lower ones.
+        self.0 = u64::from(index) << 32 | u64::from(index);
+    }
+}
+
 /// Everything a worker needs to forward, but the learned MACs.
 #[derive(Debug, Clone, Default)]
 pub struct Forwarding {
@@ -27,8 +51,9 @@ pub struct Forwarding {
     pub ports: Vec<Option<Port>>,
     /// Peers by slot.
     pub peers: Vec<Option<Peer>>,
-    /// The index we gave a peer in our HELLO → that peer. Datagrams with another index are refused.
-    pub by_receiver: HashMap<u32, PeerSlot>,
+    /// The index of a session (see [`Session::index`]) → whose it is. Datagrams with another index are refused. A peer has
+    /// several sessions while one takes another's place.
+    pub by_receiver: ByIndex<(PeerSlot, Arc<Session>)>,
 }
 
 /// One network on this switch.
@@ -113,12 +138,12 @@ pub struct Port {
 pub struct Peer {
     /// Its host.
     pub host: HostId,
-    /// Where datagrams go; datagrams that carry its index must come from there.
+    /// Where datagrams go; plain ones of it must come from there.
     pub address: SocketAddr,
     /// The one of our addresses that it knows us by; none: the one the kernel chooses, as it chose when we called.
     pub ours: Option<IpAddr>,
-    /// The index it gave us: written into every datagram we send it.
-    pub receiver: u32,
+    /// What goes to it goes in this session, which it is known to have.
+    pub session: Arc<Session>,
     /// Largest UDP payload on the path to it, in bytes.
     pub max_datagram: u16,
     /// Networks it carries and may carry: data for others is refused.
@@ -154,6 +179,31 @@ pub enum WorkerEvent {
         port: PortSlot,
         /// Its number: by now the place may be another's.
         id: PortId,
+    },
+    /// Something of a peer's queue has opened under a new key; it waits to hear that.
+    Opened {
+        /// The session's index.
+        session: u32,
+        /// The peer's queue.
+        queue: u16,
+        /// The key's epoch.
+        epoch: u64,
+    },
+    /// Something authentic of a session came from elsewhere than where its peer is.
+    Roamed {
+        /// The session's index.
+        session: u32,
+        /// Where from.
+        from: SocketAddr,
+    },
+    /// A challenge was answered.
+    Answered {
+        /// The session's index.
+        session: u32,
+        /// The challenge's.
+        token: u64,
+        /// Where from.
+        from: SocketAddr,
     },
     /// A port used a MAC that somebody else owns: refused; worth telling the operator.
     Stolen {

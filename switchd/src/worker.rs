@@ -4,19 +4,21 @@
 
 use crate::counters::Counters;
 use crate::drops::DropReason;
-use crate::reassembly::Reassembly;
+use crate::seal::sealing::Limits;
 use crate::slice::{Arena, Crossing, Sender};
-use crate::tables::{Forwarding, Gate, Network, PeerSlot, Place, Port, PortSlot, SourceRule, WorkerEvent};
+use crate::tables::{ByIndex, Forwarding, Gate, Network, PeerSlot, Place, Port, PortSlot, SourceRule, WorkerEvent};
 use crate::toobig;
 use crate::traffic::{Pair, Traffic};
 use crate::transport::Transport;
+use crate::tunnel::Tunnel;
 use crate::virtio::Offload;
 use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 use violin_common::wire::ethernet::{Header, TAG_LEN};
-use violin_common::wire::mesh::LARGEST_PACKET;
+use violin_common::wire::mesh::{LARGEST_PACKET, Probe};
 use violin_common::{Instant, MacAddr, PortId, Vni};
 
 /// Frames one port may have on hold.
@@ -93,8 +95,9 @@ pub struct Worker {
     pub(crate) arena: Arena,
     pub(crate) leaving: Vec<Leaving>,
     pub(crate) seen: Vec<(Pair, u64, u64)>,
-    pub(crate) reassembly: HashMap<PeerSlot, Reassembly>,
-    senders: Vec<Sender>,
+    /// By the session's index.
+    pub(crate) tunnels: ByIndex<Tunnel>,
+    pub(crate) limits: Limits,
     scratch: Vec<u8>,
     /// The segments of one super-frame that only this switch can cut.
     pub(crate) segments: Vec<u8>,
@@ -112,14 +115,20 @@ impl Worker {
             arena: Arena::default(),
             leaving: Vec::new(),
             seen: Vec::new(),
-            reassembly: HashMap::new(),
-            senders: Vec::new(),
+            tunnels: ByIndex::default(),
+            limits: Limits::default(),
             scratch: Vec::new(),
             segments: Vec::new(),
             held: HashMap::new(),
             stolen: HashMap::new(),
             swept: Instant(0),
         }
+    }
+
+    /// The same with other limits to what one key seals.
+    #[must_use]
+    pub fn with_limits(self, limits: Limits) -> Self {
+        Self { limits, ..self }
     }
 
     /// Takes a vector of frames from a port.
@@ -144,8 +153,10 @@ impl Worker {
         }
     }
 
-    /// Looks at gates after new tables were published: what is on hold leaves, or is refused.
+    /// Looks at sessions and gates after new tables were published: what belongs to a session that is no more goes with it, what
+    /// is on hold leaves, or is refused.
     pub fn tables_changed(&mut self, now: Instant, tables: &Forwarding, out: &mut dyn Egress) {
+        self.tunnels.retain(|index, tunnel| tables.by_receiver.get(index).is_some_and(|(_, session)| tunnel.is_of(session)));
         let slots: Vec<_> = self.held.keys().copied().collect();
         for slot in slots {
             let gate = port_of(tables, slot).filter(|(port, _)| self.held.get(&slot).is_some_and(|held| held.id == port.id));
@@ -160,13 +171,18 @@ impl Worker {
         }
     }
 
-    /// Does what time asks for: gives up unfinished frames. To be called some times a second.
-    pub fn tick(&mut self, now: Instant) {
-        let counters = &self.counters;
-        self.reassembly.retain(|_, frames| {
-            counters.drops.add(DropReason::ReassemblyTimeout, frames.expire(now) as u64);
-            !frames.is_empty()
-        });
+    /// Whether time asks for something soon: else [`Self::tick`] may wait for some seconds.
+    pub fn is_restless(&self) -> bool {
+        !self.stolen.is_empty() || self.tunnels.values().any(Tunnel::is_restless)
+    }
+
+    /// Does what time asks for: gives up unfinished frames and old keys, tells again what was not heard. To be called some times a
+    /// second.
+    pub fn tick(&mut self, now: Instant, out: &mut dyn Egress) {
+        for (&session, tunnel) in &mut self.tunnels {
+            self.counters.drops.add(DropReason::ReassemblyTimeout, tunnel.tick(now) as u64);
+            tunnel.report_epochs(|queue, epoch| out.tell(WorkerEvent::Opened { session, queue, epoch }));
+        }
         if now.since(self.swept) >= STOLEN_AGAIN {
             self.swept = now;
             self.stolen.retain(|_, told| now.since(*told) < STOLEN_AGAIN);
@@ -252,25 +268,64 @@ impl Worker {
             Place::Peer(slot) => {
                 let crossing =
                     Crossing { vni: passing.vni, marks: 0, offload: Offload::default(), transport: None, frame: answer };
-                self.cross(tables, slot, &crossing, out);
+                self.cross(now, tables, slot, &crossing, out);
             }
             Place::Nowhere => (),
         }
     }
 
     /// Puts a frame on its way to a peer that carries its network.
-    pub(crate) fn cross(&mut self, tables: &Forwarding, slot: PeerSlot, crossing: &Crossing<'_>, out: &mut dyn Egress) {
+    pub(crate) fn cross(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        slot: PeerSlot,
+        crossing: &Crossing<'_>,
+        out: &mut dyn Egress,
+    ) {
         let peer = tables.peers.get(usize::from(slot.0)).and_then(Option::as_ref);
         let Some(peer) = peer.filter(|peer| peer.networks.contains(&crossing.vni)) else {
             return self.counters.drops.count(DropReason::Gone);
         };
-        if self.senders.len() <= usize::from(slot.0) {
-            self.senders.resize(usize::from(slot.0) + 1, Sender::default());
+        let limits = self.limits;
+        let tunnel = self.tunnels.entry(peer.session.index).or_insert_with(|| Tunnel::new(now, &peer.session, limits));
+        let mut sender = Sender { now, slot, peer, tunnel, arena: &mut self.arena };
+        if let Err(reason) = sender.cross(crossing, &mut self.scratch) {
+            self.counters.drops.count(reason);
         }
-        self.senders[usize::from(slot.0)].cross(slot, peer, crossing, &mut self.scratch, &mut self.arena);
         if self.arena.bytes().len() >= ARENA_BYTES {
             self.depart(tables, out);
         }
+    }
+
+    /// Sends a probe in a session, to wherever it is to go. Nobody waits for it: what asked will ask again.
+    pub fn challenge(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        session: u32,
+        (to, token): (SocketAddr, u64),
+        out: &mut dyn Egress,
+    ) {
+        if let Err(reason) = self.probe(now, tables, session, to, Probe::Challenge(token)) {
+            self.counters.drops.count(reason);
+        }
+        self.depart(tables, out);
+    }
+
+    pub(crate) fn probe(
+        &mut self,
+        now: Instant,
+        tables: &Forwarding,
+        index: u32,
+        to: SocketAddr,
+        probe: Probe,
+    ) -> Result<(), DropReason> {
+        let (slot, session) = tables.by_receiver.get(&index).ok_or(DropReason::UnknownReceiver)?;
+        let peer = tables.peers.get(usize::from(slot.0)).and_then(Option::as_ref).ok_or(DropReason::UnknownReceiver)?;
+        let limits = self.limits;
+        let tunnel = self.tunnels.entry(index).or_insert_with(|| Tunnel::new(now, session, limits));
+        Sender { now, slot: *slot, peer, tunnel, arena: &mut self.arena }.probe(to, probe)
     }
 
     /// Hands what was put together to the underlay.

@@ -10,11 +10,16 @@ use std::time::Duration;
 use switchd::counters::Counters;
 use switchd::drops::DropReason;
 use switchd::fdb::Fdb;
-use switchd::inbound::Merging;
+use switchd::inbound::{Arrival, Merging};
+use switchd::seal::cipher::{Choice, Library};
+use switchd::seal::schedule::{SECRET_LEN, Secret};
+use switchd::seal::sealing::Limits;
+use switchd::seal::session::{Keys, Plain, Protection, Session};
 use switchd::slice::Arena;
 use switchd::tables::{Forwarding, Gate, Network, Owned, Peer, PeerSlot, Place, Port, PortSlot, SourceRule, WorkerEvent};
 use switchd::virtio::{Offload, Partial};
 use switchd::worker::{Delivered, Egress, Frame, Worker};
+use violin_common::control::mesh::Aead;
 use violin_common::wire::mesh::Segmentation;
 use violin_common::{Instant, MacAddr, PortId, Vni};
 
@@ -54,7 +59,7 @@ impl Egress for Out {
             let datagrams: Vec<_> = arena.bytes()[burst.start..burst.end].chunks(burst.segment).collect();
             assert_eq!(datagrams.len(), burst.count);
             assert!(burst.count <= 64 && burst.end - burst.start <= 65_507);
-            self.sent.extend(datagrams.into_iter().map(|datagram| (burst.to, datagram.to_vec())));
+            self.sent.extend(datagrams.into_iter().map(|datagram| (burst.way.to, datagram.to_vec())));
         }
     }
 
@@ -87,10 +92,35 @@ fn mac(last: u8) -> MacAddr {
 
 /// `count` hosts with one port each in network 5, full mesh; slot of a peer = its number.
 fn hosts(count: usize, mtu: u16, max_datagram: u16) -> Vec<Host> {
-    (0..count).map(|me| host(me, count, mtu, max_datagram)).collect()
+    (0..count).map(|me| host(me, count, mtu, max_datagram, sealed)).collect()
 }
 
-fn host(me: usize, count: usize, mtu: u16, max_datagram: u16) -> Host {
+/// Likewise, and data is not sealed: what is spoilt on the way is read all the same, as from a member that means no good.
+fn plain_hosts(count: usize, mtu: u16, max_datagram: u16) -> Vec<Host> {
+    (0..count).map(|me| host(me, count, mtu, max_datagram, plain)).collect()
+}
+
+/// The index that host `at` gave host `other`.
+fn index(at: usize, other: usize) -> u32 {
+    (at * 100 + other) as u32
+}
+
+fn session(me: usize, other: usize, protection: Protection) -> Arc<Session> {
+    Arc::new(Session { index: index(me, other), receiver: index(other, me), protection })
+}
+
+fn sealed(me: usize, other: usize) -> Arc<Session> {
+    let choice = Choice { aead: Aead::Aes256Gcm, library: Library::Ring };
+    let secret = Secret::new([(me.min(other) * 10 + me.max(other)) as u8; SECRET_LEN]);
+    session(me, other, Protection::Sealed(Keys::new(&secret, me < other, (1, 1), choice)))
+}
+
+fn plain(me: usize, other: usize) -> Arc<Session> {
+    let (ours, theirs) = (index(me, other).into(), index(other, me).into());
+    session(me, other, Protection::Plain(Plain { ours, theirs, interface: 3 }))
+}
+
+fn host(me: usize, count: usize, mtu: u16, max_datagram: u16, session: impl Fn(usize, usize) -> Arc<Session>) -> Host {
     let others: Vec<_> = (0..count).filter(|&other| other != me).map(|other| PeerSlot(other as u16)).collect();
     let port = |id, vni| Port {
         id: PortId(id),
@@ -108,11 +138,12 @@ fn host(me: usize, count: usize, mtu: u16, max_datagram: u16) -> Host {
         owned: HashMap::new(),
         fdb: Arc::new(Fdb::default()),
     };
+    let sessions: HashMap<usize, _> = others.iter().map(|other| usize::from(other.0)).map(|o| (o, session(me, o))).collect();
     let peer = |other: usize| Peer {
         host: format!("h{other}").parse().unwrap(),
         address: address(other),
         ours: None,
-        receiver: (other * 100 + me) as u32,
+        session: Arc::clone(&sessions[&other]),
         max_datagram,
         networks: HashSet::from([vni(5)]),
         traffic: Arc::default(),
@@ -121,7 +152,10 @@ fn host(me: usize, count: usize, mtu: u16, max_datagram: u16) -> Host {
         networks: HashMap::from([(vni(5), network(vec![PORT])), (vni(6), network(vec![PortSlot(1)]))]),
         ports: vec![Some(port(1, vni(5))), Some(port(2, vni(6)))],
         peers: (0..count).map(|other| (other != me).then(|| peer(other))).collect(),
-        by_receiver: others.iter().map(|other| ((me * 100 + usize::from(other.0)) as u32, *other)).collect(),
+        by_receiver: sessions
+            .iter()
+            .map(|(other, session)| (session.index, (PeerSlot(*other as u16), session.clone())))
+            .collect(),
     };
     let counters = Arc::new(Counters::default());
     Host { worker: Worker::new(counters.clone(), Arc::default()), tables, counters, out: Out::default() }
@@ -135,9 +169,11 @@ impl Host {
     }
 
     fn hear(&mut self, from: SocketAddr, datagrams: &[Vec<u8>]) {
+        let mut datagrams = datagrams.to_vec();
         let mut merging = Merging::default();
-        for datagram in datagrams {
-            self.worker.inbound(NOW, &self.tables, from, datagram, &mut merging, &mut self.out);
+        for datagram in &mut datagrams {
+            let arrival = Arrival { from, interface: 3 };
+            self.worker.inbound(NOW, &self.tables, arrival, datagram, &mut merging, &mut self.out);
         }
         self.worker.inbound_end(NOW, &self.tables, merging, &mut self.out);
     }
@@ -240,6 +276,41 @@ proptest! {
     }
 
     #[test]
+    fn on_a_jumbo_path_a_datagram_takes_as_many_whole_segments_as_fit(
+        payload in 1301usize..64_000, room in 1472u16..8973, size in 48u16..1301, lost in any::<prop::sample::Index>(), udp in any::<bool>(),
+    ) {
+        let (offload, bytes) = if udp { self::udp(payload) } else { tcp(payload) };
+        let headers = usize::from(offload.header_len);
+        let size = size.max(payload.div_ceil(1400) as u16);
+        let whole = (usize::from(room) - 32 - 16 - headers) / usize::from(size);
+        let said = || {
+            let mut all = hosts(2, 1400, room);
+            all[0].speak(PORT, Offload { segment_size: size, ..offload }, &bytes);
+            let datagrams: Vec<_> = std::mem::take(&mut all[0].out.sent).into_iter().map(|(_, datagram)| datagram).collect();
+            (all, datagrams)
+        };
+        let (mut all, mut datagrams) = said();
+        prop_assert_eq!(datagrams.len(), payload.div_ceil(whole * usize::from(size)));
+        prop_assert!(datagrams.iter().all(|datagram| datagram.len() <= usize::from(room)));
+        all[1].hear(address(0), &datagrams);
+        prop_assert_eq!(all[1].out.delivered.iter().map(|(_, _, got)| got).collect::<Vec<_>>(), [&bytes]);
+
+        // Without one of them: the rest, and each piece in whole segments.
+        (all, datagrams) = said();
+        let lost = lost.index(datagrams.len());
+        datagrams.remove(lost);
+        all[1].hear(address(0), &datagrams);
+        let mut got: usize = 0;
+        for (_, offload, frame) in &all[1].out.delivered {
+            let payload = frame.len() - headers;
+            got += payload;
+            prop_assert_eq!(offload.is_super(), payload > usize::from(size));
+        }
+        let step = whole * usize::from(size);
+        prop_assert_eq!(got, payload - step.min(payload - lost * step));
+    }
+
+    #[test]
     fn jumbo_frames_cross_small_paths(len in 46usize..9001, room in 600u16..1500, mtu in 576u16..9001) {
         let mut all = hosts(2, mtu, room);
         let bytes = frame(mac(1), mac(2), len);
@@ -260,7 +331,7 @@ proptest! {
 
         prop_assert_eq!(all[1].out.delivered.len(), 1);
         let (_, got, got_bytes) = &all[1].out.delivered[0];
-        prop_assert_eq!(got, &Offload { segment_size: room - 32 - 54, ..offload });
+        prop_assert_eq!(got, &Offload { segment_size: room - 32 - 16 - 54, ..offload });
         prop_assert_eq!(got_bytes, &bytes);
     }
 
@@ -278,18 +349,20 @@ proptest! {
 
     #[test]
     fn no_datagram_panics(datagrams in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..120), 0..50), head in any::<bool>()) {
-        let mut all = hosts(2, 1400, 1472);
+        let mut all = plain_hosts(2, 1400, 1472);
         let datagrams: Vec<_> = datagrams.into_iter().map(|mut bytes| {
             if head && bytes.len() > 20 {
-                bytes[0] = 0x11;
+                bytes[0] = 0x23;
                 bytes[4..8].copy_from_slice(&100u32.to_be_bytes());
+                bytes[8..14].copy_from_slice(&[0, 0, 0, 0, 0, 100]);
                 bytes[16..19].copy_from_slice(&[0, 0, 5]);
                 bytes[19] &= 0x37;
             }
             bytes
         }).collect();
         all[1].hear(address(0), &datagrams);
-        all[1].worker.tick(NOW + Duration::from_secs(1));
+        let Host { worker, out, .. } = &mut all[1];
+        worker.tick(NOW + Duration::from_secs(1), out);
     }
 }
 
@@ -303,7 +376,7 @@ fn no_spoiled_slice_panics() {
     let played = TestRunner::new(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }).run(
         &cases,
         |(len, payload, spoils)| {
-            let mut all = hosts(2, 9000, 600);
+            let mut all = plain_hosts(2, 9000, 600);
             let (offload, super_frame) = tcp(payload);
             let ordinary = frame(mac(2), mac(1), len);
             all[0].speak(PORT, Offload::default(), &ordinary);
@@ -323,7 +396,7 @@ fn no_spoiled_slice_panics() {
             }
             all[1].hear(address(0), &datagrams);
             let Host { worker, counters, out, .. } = &mut all[1];
-            worker.tick(NOW + Duration::from_secs(1));
+            worker.tick(NOW + Duration::from_secs(1), out);
 
             let mut seen = reached.get();
             DropReason::ALL.iter().for_each(|reason| seen[*reason as usize] += counters.drops.of(*reason));
@@ -399,7 +472,7 @@ fn what_a_gateway_brings_and_is_larger_than_the_network_s_mtu_is_refused_and_ans
 
 #[test]
 fn no_slice_makes_room_for_a_frame_larger_than_what_crosses() {
-    let mut all = hosts(2, 9000, 1472);
+    let mut all = plain_hosts(2, 9000, 1472);
     all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 9000));
     let mut first = all[0].out.sent.remove(0).1;
     // The whole frame's length: 9000, a header and two tags is the largest.
@@ -466,7 +539,8 @@ fn a_tunnels_super_frame_that_was_on_hold_is_cut_when_the_gate_opens() {
 
 #[test]
 fn a_super_frame_of_more_parts_than_one_write_takes_arrives_in_two() {
-    let mut all = hosts(2, 1400, 1472);
+    // A path that takes one segment in a datagram.
+    let mut all = hosts(2, 1400, 32 + 16 + 54 + 99);
     let (offload, bytes) = tcp(60_000);
     all[0].speak(PORT, Offload { segment_size: 50, ..offload }, &bytes);
     let datagrams: Vec<_> = std::mem::take(&mut all[0].out.sent).into_iter().map(|(_, datagram)| datagram).collect();
@@ -544,18 +618,160 @@ fn a_flood_reaches_no_other_network() {
 }
 
 #[test]
-fn a_stranger_is_refused_by_index_and_by_address() {
-    let mut all = hosts(2, 1400, 1472);
+fn a_stranger_is_refused_by_index_and_a_plain_one_by_address_interface_and_cookie() {
+    let mut all = plain_hosts(2, 1400, 1472);
     all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
     let (_, datagram) = all[0].out.sent.remove(0);
+    let with = |at: usize| {
+        let mut forged = datagram.clone();
+        forged[at] ^= 1;
+        forged
+    };
     all[1].hear("10.0.0.66:7471".parse().unwrap(), std::slice::from_ref(&datagram));
-    let mut forged = datagram.clone();
-    forged[7] ^= 1;
-    all[1].hear(address(0), &[forged]);
+    all[1].hear(address(0), &[with(7)]);
+    all[1].hear(address(0), &[with(8)]);
+    all[1].hear(address(0), &[with(13)]);
+    let (arrival, mut other_way) = (Arrival { from: address(0), interface: 4 }, datagram.clone());
+    let Host { worker, tables, out, .. } = &mut all[1];
+    worker.inbound(NOW, tables, arrival, &mut other_way, &mut Merging::default(), out);
+    let mut as_sealed = datagram.clone();
+    as_sealed[0] = 0x21;
+    all[1].hear(address(0), &[as_sealed]);
 
     assert!(all[1].out.delivered.is_empty());
-    assert_eq!(all[1].counters.drops.of(DropReason::WrongAddress), 1);
-    assert_eq!(all[1].counters.drops.of(DropReason::UnknownReceiver), 1);
+    let drops = |reason| all[1].counters.drops.of(reason);
+    use DropReason::{BadCookie, UnknownReceiver, WrongAddress, WrongInterface, WrongProtection};
+    assert_eq!([WrongAddress, UnknownReceiver, BadCookie, WrongInterface, WrongProtection].map(drops), [1, 1, 2, 1, 1]);
+    assert_eq!(all[1].tables.peers[0].as_ref().unwrap().traffic.snapshot().datagrams_in, 0);
+
+    // The counter behind the cookie is the sender's own.
+    all[1].hear(address(0), &[with(15)]);
+    assert_eq!(all[1].out.delivered.len(), 1);
+}
+
+#[test]
+fn a_sealed_datagram_is_taken_once_unspoilt_and_of_its_session_only() {
+    let mut all = hosts(3, 1400, 1472);
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
+    let (_, datagram) = all[0].out.sent.remove(0);
+    for at in 0..datagram.len() {
+        let mut spoilt = datagram.clone();
+        spoilt[at] ^= 1;
+        all[1].hear(address(0), &[spoilt]);
+        all[1].hear(address(0), &[datagram[..at].to_vec()]);
+    }
+    // As if a member sent it that has learned the index.
+    all[2].hear(address(0), std::slice::from_ref(&datagram));
+    let mut plain = datagram.clone();
+    plain[0] = 0x23;
+    all[1].hear(address(0), &[plain]);
+
+    assert!(all[1].out.delivered.is_empty() && all[2].out.delivered.is_empty());
+    assert_eq!(all[1].tables.peers[0].as_ref().unwrap().traffic.snapshot().datagrams_in, 0, "nothing counts before it opens");
+    assert_eq!(all[1].counters.drops.total(), 2 * datagram.len() as u64 + 1, "each refusal has a name");
+
+    let replayed = all[1].counters.drops.of(DropReason::Replayed);
+    for _ in 0..3 {
+        all[1].hear(address(0), std::slice::from_ref(&datagram));
+    }
+    assert_eq!((all[1].out.delivered.len(), all[1].counters.drops.of(DropReason::Replayed)), (1, replayed + 2));
+    assert!(!datagram.windows(12).any(|bytes| *bytes == frame(mac(2), mac(1), 50)[..12]), "no address can be read on the way");
+}
+
+#[test]
+fn keys_follow_each_other_without_a_lost_frame_and_never_faster_than_the_peer() {
+    let limits = Limits { after: Duration::from_secs(120), small: 8, large: 4 };
+    let mut all = hosts(2, 1400, 1472);
+    let idle = || Worker::new(Arc::default(), Arc::default());
+    all[0].worker = std::mem::replace(&mut all[0].worker, idle()).with_limits(limits);
+    let send = |all: &mut Vec<Host>| {
+        all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
+        all[0].out.sent.drain(..).map(|(_, datagram)| datagram).collect::<Vec<_>>()
+    };
+    let hear = |all: &mut Vec<Host>, datagrams: &[Vec<u8>]| all[1].hear(address(0), datagrams);
+    let opened = |all: &mut Vec<Host>| {
+        let opened = all[1].out.events.extract_if(.., |event| matches!(event, WorkerEvent::Opened { .. })).collect::<Vec<_>>();
+        opened.into_iter().map(|event| match event {
+            WorkerEvent::Opened { session, queue, epoch } => (session, queue, epoch),
+            _ => unreachable!("only those were taken"),
+        })
+    };
+
+    // Half the limit under the first key, then the second: nobody has to be asked for that.
+    let mut under_way = Vec::new();
+    for count in 0..12 {
+        let datagrams = send(&mut all);
+        assert_eq!(datagrams[0][1], u8::from(count >= 4), "epoch of datagram {count}");
+        under_way.extend(datagrams);
+    }
+    // All that the second may seal, unheard: refused by name, and no number is used twice.
+    assert_eq!(send(&mut all), Vec::<Vec<u8>>::new());
+    assert_eq!(all[0].counters.drops.of(DropReason::KeyExhausted), 1);
+
+    // What overtook the change of keys is opened all the same.
+    under_way.swap(2, 5);
+    hear(&mut all, &under_way);
+    assert_eq!(all[1].out.delivered.len(), 12);
+    assert_eq!(opened(&mut all).collect::<Vec<_>>(), [(index(1, 0), 0, 1)]);
+
+    // Told, the sender goes on.
+    let Protection::Sealed(keys) = &all[0].tables.peers[1].as_ref().unwrap().session.protection else { unreachable!() };
+    keys.acknowledge(0, 1);
+    let datagrams = send(&mut all);
+    assert_eq!(datagrams[0][1], 2);
+    all[1].out.deaf = true;
+    hear(&mut all, &datagrams);
+    // What found no room is told with the next look at the clock.
+    all[1].out.deaf = false;
+    let Host { worker, out, .. } = &mut all[1];
+    worker.tick(NOW, out);
+    assert_eq!(opened(&mut all).collect::<Vec<_>>(), [(index(1, 0), 0, 2)]);
+    assert_eq!((all[1].out.delivered.len(), all[1].counters.drops.total()), (13, 0));
+    // The key of epoch 0 has gone.
+    hear(&mut all, &under_way[..1]);
+    assert_eq!(all[1].counters.drops.of(DropReason::UnknownEpoch), 1);
+}
+
+#[test]
+fn a_session_is_begun_once_whatever_becomes_of_the_tables() {
+    let mut all = hosts(2, 1400, 1472);
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
+    let whole = all[0].tables.clone();
+    let Host { worker, tables, out, .. } = &mut all[0];
+    (tables.peers[1], tables.by_receiver) = (None, Default::default());
+    worker.tables_changed(NOW, tables, out);
+    all[0].tables = whole;
+    all[0].out.sent.clear();
+
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
+
+    assert!(all[0].out.sent.is_empty(), "the first packet number would have been used twice");
+    assert_eq!(all[0].counters.drops.of(DropReason::NoKey), 1);
+}
+
+#[test]
+fn a_peer_that_speaks_from_elsewhere_is_heard_told_of_and_answers_a_challenge_there() {
+    let mut all = hosts(2, 1400, 1472);
+    let (new, session) = ("10.0.0.66:9999".parse().unwrap(), index(1, 0));
+    all[0].speak(PORT, Offload::default(), &frame(mac(2), mac(1), 50));
+    let (_, datagram) = all[0].out.sent.remove(0);
+
+    all[1].hear(new, std::slice::from_ref(&datagram));
+    assert_eq!(all[1].out.delivered.len(), 1);
+    assert_eq!(all[1].out.events.last(), Some(&WorkerEvent::Roamed { session, from: new }));
+    // Data goes where it went, until the peer has answered.
+    all[1].speak(PORT, Offload::default(), &frame(mac(1), mac(2), 50));
+    assert_eq!(all[1].out.sent.remove(0).0, address(0));
+
+    let Host { worker, tables, out, .. } = &mut all[1];
+    worker.challenge(NOW, tables, session, (new, 77), out);
+    let (to, challenge) = all[1].out.sent.remove(0);
+    assert_eq!(to, new);
+    all[0].hear(address(1), &[challenge]);
+    let (to, answer) = all[0].out.sent.remove(0);
+    assert_eq!(to, address(1));
+    all[1].hear(new, &[answer]);
+    assert_eq!(all[1].out.events.last(), Some(&WorkerEvent::Answered { session, token: 77, from: new }));
 }
 
 #[test]

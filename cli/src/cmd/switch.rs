@@ -158,7 +158,7 @@ pub(crate) fn peers(target: &Target, output: Output, of: Of) -> Result<()> {
         },
         output,
         (
-            ["HOST", "PEER", "DOMAIN", "ADDRESS", "CONNECTED", "RTT", "NETWORKS", "OUT", "IN", "TROUBLE"],
+            ["HOST", "PEER", "DOMAIN", "ADDRESS", "CONNECTED", "RTT", "DATA", "NETWORKS", "OUT", "IN", "TROUBLE"],
             |On { host, what: peer }: &On<PeerSeen>| {
                 [
                     or_dash(host.as_ref()),
@@ -167,6 +167,7 @@ pub(crate) fn peers(target: &Target, output: Output, of: Of) -> Result<()> {
                     peer.address.to_string(),
                     if peer.connected { "yes" } else { "no" }.to_owned(),
                     or_dash(peer.rtt_ms.map(|rtt| format!("{rtt:.2} ms"))),
+                    or_dash(peer.protection.as_ref()),
                     joined(&peer.networks),
                     format!("{} datagrams", peer.datagrams_out),
                     format!("{} datagrams", peer.datagrams_in),

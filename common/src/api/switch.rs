@@ -284,6 +284,8 @@ pub enum TroubleKind {
     Twin,
     /// Networks have another MTU there.
     Mtu,
+    /// Its data is sealed although our configuration would let it go plain.
+    Plain,
 }
 
 /// What is wrong with a peer.
@@ -318,6 +320,9 @@ pub struct PeerSeen {
     pub datagrams_out: u64,
     /// See above.
     pub datagrams_in: u64,
+    /// How data to and from it is protected: a cipher with its library, or `plain`.
+    #[serde(default)]
+    pub protection: Option<String>,
     /// Why it is not connected, and what else is wrong with it.
     #[serde(default)]
     pub troubles: Vec<PeerTrouble>,

@@ -1,6 +1,7 @@
 //! `switchd.toml`.
 
 use super::{ConfigError, Span, Tls, from_toml, must_be_socket};
+use crate::control::mesh::Aead;
 use crate::id::{INTERFACE_NAME, is_interface_name};
 use crate::{DomainId, HostId, MacAddr, Vni};
 use serde::{Deserialize, Serialize};
@@ -26,9 +27,15 @@ pub struct SwitchConfig {
     pub socket: PathBuf,
     /// Certificate.
     pub tls: Tls,
-    /// How data is sealed.
+    /// Which cipher seals data.
     #[serde(default)]
-    pub aead: Aead,
+    pub aead: AeadChoice,
+    /// Which library computes it.
+    #[serde(default)]
+    pub aead_library: LibraryChoice,
+    /// Where data may go unsealed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub plain: Vec<PlainPath>,
     /// Largest packet the underlay between all members carries, in bytes; 1280 to 9216.
     #[serde(default = "default_underlay_mtu")]
     pub underlay_mtu: u16,
@@ -48,13 +55,65 @@ const fn default_underlay_mtu() -> u16 {
     1500
 }
 
-/// How data between switches is sealed. Both ends must agree; nothing is ever negotiated down.
+/// Which cipher seals data between switches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "&'static str")]
+pub enum AeadChoice {
+    /// The one that the slower end of each pair is faster with, as both have measured at their start.
+    #[default]
+    Auto,
+    /// This one only.
+    Only(Aead),
+}
+
+impl From<AeadChoice> for &'static str {
+    fn from(choice: AeadChoice) -> Self {
+        match choice {
+            AeadChoice::Auto => "auto",
+            AeadChoice::Only(aead) => aead.name(),
+        }
+    }
+}
+
+impl TryFrom<String> for AeadChoice {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let one = Aead::ALL.into_iter().find(|aead| aead.name() == text).map(Self::Only);
+        let want = "want `auto`, `aes-256-gcm` or `chacha20-poly1305`";
+        match (text.as_str(), one) {
+            ("auto", _) => Ok(Self::Auto),
+            (_, Some(one)) => Ok(one),
+            ("none", None) => Err(format!(
+                "got `none`, {want}: data is sealed always, but where both ends trust the way between them and say \
+                 `plain = [{{ domain = \"THE OTHER'S\", interface = \"UNDERLAY INTERFACE\" }}]`"
+            )),
+            _ => Err(format!("got `{text}`, {want}")),
+        }
+    }
+}
+
+/// Which library computes the cipher.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Aead {
-    /// Not at all: datagrams are admitted by source address and receiver index only.
+pub enum LibraryChoice {
+    /// The faster one, as measured at the start.
     #[default]
-    None,
+    Auto,
+    /// `ring`.
+    Ring,
+    /// `aws-lc-rs`.
+    AwsLcRs,
+}
+
+/// A way on which data goes plain, if the other end says the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct PlainPath {
+    /// Domain of the other end.
+    pub domain: DomainId,
+    /// Interface of the underlay that leads there; plain data leaves and is taken through no other.
+    pub interface: String,
 }
 
 /// One network.
@@ -140,6 +199,11 @@ impl SwitchConfig {
         if config.host.as_str().ends_with('-') {
             return Err(ConfigError::value("host", &config.host, "a name that ends with a letter or digit"));
         }
+        for (index, path) in config.plain.iter().enumerate() {
+            if !is_interface_name(&path.interface) {
+                return Err(ConfigError::value(format!("plain[{index}].interface"), &path.interface, INTERFACE_NAME));
+            }
+        }
         let mut vnis = BTreeSet::new();
         for (index, network) in config.networks.iter().enumerate() {
             if !vnis.insert(network.vni) {
@@ -202,7 +266,7 @@ mod tests {
         let text: Vec<String> = EXAMPLE.lines().filter(optional).map(uncomment).collect();
 
         assert_eq!(SwitchConfig::parse(&text.join("\n")).unwrap(), given);
-        for key in ["socket", "aead", "underlay-mtu", "mtu", "ageing"] {
+        for key in ["socket", "aead", "aead-library", "plain", "underlay-mtu", "mtu", "ageing"] {
             assert!(text.iter().any(|line| line.starts_with(&format!("{key} = "))), "{key} is not explained");
         }
         let with_optional: Vec<String> = EXAMPLE.lines().map(uncomment).collect();
@@ -217,7 +281,11 @@ mod tests {
             ("# mtu = 1400 ", "mtu = 100 ", "key `network[0].mtu`: got 100, want 576 to 9000"),
             ("# ageing = \"300s\"", "ageing = \"300\"", "got \"300\", want a whole number and a unit"),
             ("# ageing = \"300s\"", "ageing = \"1s\"", "key `network[0].ageing`: got 1s, want 10s to 1h"),
-            ("# aead = \"none\"", "aead = \"rot13\"", "unknown variant `rot13`"),
+            ("# aead = \"auto\"", "aead = \"rot13\"", "got `rot13`, want `auto`, `aes-256-gcm` or `chacha20-poly1305`"),
+            ("# aead = \"auto\"", "aead = \"none\"", "and say `plain = [{ domain = \"THE OTHER'S\", interface = \"UND"),
+            ("# aead-library = \"auto\"", "aead-library = \"openssl\"", "unknown variant `openssl`"),
+            ("# plain = []", "plain = [{ domain = \"d2\", interface = \"eth/1\" }]", "key `plain[0].interface`: got eth/1, want"),
+            ("# plain = []", "plain = [{ domain = \"d2\" }]", "missing field `interface`"),
             ("# underlay-mtu = 1500", "underlay-mtu = 500", "key `underlay-mtu`: got 500, want 1280 to 9216"),
             ("host = \"h1\"", "hots = \"h1\"", "unknown field `hots`"),
             ("host = \"h1\"", "host = \"H1.example.org\"", "got name \"H1.example.org\", want 1 to 32 characters"),

@@ -1,7 +1,7 @@
 //! The mesh format: how a slice of a frame travels between two switches.
 //!
-//! Ours; see docs/decisions/0003. A datagram is an [`Outer`] header, a sealed body and, when sealed, a tag of
-//! [`TAG_LEN`] bytes. The body is a [`Slice`] header followed by bytes of the frame. QUIC shares the UDP port: its
+//! Ours; see docs/decisions/0003 and 0012. A datagram is an [`Outer`] header, a sealed body and a tag of [`TAG_LEN`] bytes;
+//! a plain one has no tag. The body is a [`Slice`] header followed by bytes of the frame. QUIC shares the UDP port: its
 //! datagrams have bit 0x40 of the first byte set (RFC 9000 §17), ours never.
 
 use crate::addr::Vni;
@@ -29,10 +29,12 @@ pub const fn is_quic(first_byte: u8) -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// A slice of a frame.
-    Data = 0x11,
-    /// A path probe: padded, answered by an echo on the control channel (reserved for path MTU discovery).
-    Probe = 0x12,
+    /// A slice of a frame, sealed.
+    Data = 0x21,
+    /// A [`Probe`] of a path, sealed.
+    Probe = 0x22,
+    /// A slice of a frame as it is, between ends whose configurations both say so.
+    Plain = 0x23,
 }
 
 /// The clear header of every datagram; authenticated together with the body when sealed.
@@ -47,13 +49,13 @@ pub enum Kind {
 pub struct Outer {
     /// What follows.
     pub kind: Kind,
-    /// Low byte of the key epoch; 0 with AEAD *none*.
+    /// Low byte of the key epoch; 0 of a plain datagram.
     pub key_epoch: u8,
     /// Sending queue; packet numbers count per queue.
     pub queue: u16,
     /// The index the receiver gave this sender in its HELLO.
     pub receiver: u32,
-    /// Counts up from 1 per key epoch and queue, never reused.
+    /// Counts up from 1 per key epoch and queue, never reused. Of a plain datagram: see [`Outer::cookie`].
     pub packet_number: u64,
 }
 
@@ -69,7 +71,7 @@ pub enum Malformed {
         want: usize,
     },
     /// A kind or version this code does not know.
-    #[error("got datagram kind {0:#04x}, want 0x11 or 0x12")]
+    #[error("got datagram kind {0:#04x}, want 0x21 to 0x23")]
     Kind(u8),
     /// VNI 0, an unknown flag or a segmentation kind that does not exist.
     #[error("got slice header with an illegal field: {0}")]
@@ -84,8 +86,9 @@ impl Outer {
         };
         let [kind, key_epoch, q0, q1, r0, r1, r2, r3, number @ ..] = bytes;
         let kind = match kind {
-            0x11 => Kind::Data,
-            0x12 => Kind::Probe,
+            0x21 => Kind::Data,
+            0x22 => Kind::Probe,
+            0x23 => Kind::Plain,
             other => return Err(Malformed::Kind(other)),
         };
         Ok(Self {
@@ -105,6 +108,53 @@ impl Outer {
         out[2..4].copy_from_slice(&self.queue.to_be_bytes());
         out[4..8].copy_from_slice(&self.receiver.to_be_bytes());
         out[8..16].copy_from_slice(&self.packet_number.to_be_bytes());
+        out
+    }
+
+    /// What a plain datagram has in the place of a packet number: the 48-bit cookie its receiver gave the sender, and 16 bits
+    /// that count up, for who reads along.
+    pub const fn cookie(&self) -> u64 {
+        self.packet_number >> 16
+    }
+}
+
+/// The body of a [`Kind::Probe`]: whoever opens a challenge answers it from where it came to where it came from, which shows
+/// that its sender is reached there.
+///
+/// Shape: 9 bytes: 1 for a challenge or 2 for an answer, and a token that only the challenger can know, network order. More
+/// bytes are padding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Probe {
+    /// Are you there?
+    Challenge(u64),
+    /// I am.
+    Answer(u64),
+}
+
+/// Bytes of [`Probe`].
+pub const PROBE_LEN: usize = 9;
+
+impl Probe {
+    /// Reads an opened body.
+    pub fn parse(body: &[u8]) -> Result<Self, Malformed> {
+        let Some(&[kind, token @ ..]) = body.first_chunk::<PROBE_LEN>() else {
+            return Err(Malformed::Short { got: body.len(), want: PROBE_LEN });
+        };
+        match kind {
+            1 => Ok(Self::Challenge(u64::from_be_bytes(token))),
+            2 => Ok(Self::Answer(u64::from_be_bytes(token))),
+            _ => Err(Malformed::Field("probe")),
+        }
+    }
+
+    /// The body as it travels.
+    pub fn emit(&self) -> [u8; PROBE_LEN] {
+        let (kind, token) = match self {
+            Self::Challenge(token) => (1, token),
+            Self::Answer(token) => (2, token),
+        };
+        let mut out = [kind; PROBE_LEN];
+        out[1..].copy_from_slice(&token.to_be_bytes());
         out
     }
 }
@@ -147,9 +197,9 @@ pub mod mark {
 ///
 /// *flags* is marks (low nibble) and [`Segmentation`] (high nibble). A frame without segmentation is cut at any place:
 /// `offset` says where the slice's bytes belong in it, `total` is its length. A super-frame is cut at its segments: every
-/// slice carries the frame's headers in full, then the payload of one segment; `offset` is where that payload belongs in
-/// the super-frame (so the first slice's `offset` is the length of the headers) and `total` the super-frame's length.
-/// Each slice of a super-frame can thus leave as a frame of its own, and a lost datagram costs one segment.
+/// slice carries the frame's headers in full, then the payload of one segment, or of as many whole ones as fit; `offset` is
+/// where that payload belongs in the super-frame (so the first slice's `offset` is the length of the headers) and `total` the
+/// super-frame's length. Each slice of a super-frame can thus leave as a frame of its own, and a lost datagram costs its segments only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slice {
     /// The network the frame belongs to.
@@ -226,7 +276,9 @@ mod tests {
     #[test]
     fn the_format_is_frozen() {
         let outer = Outer { kind: Kind::Data, key_epoch: 2, queue: 3, receiver: 0x0405_0607, packet_number: 8 };
-        assert_eq!(outer.emit(), [0x11, 2, 0, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 8]);
+        assert_eq!(outer.emit(), [0x21, 2, 0, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 8]);
+        assert_eq!(Probe::Challenge(0x0102).emit(), [1, 0, 0, 0, 0, 0, 0, 1, 2]);
+        assert_eq!(Probe::Answer(0x0102).emit(), [2, 0, 0, 0, 0, 0, 0, 1, 2]);
 
         let slice = Slice {
             vni: Vni::new(0x01_0203).unwrap(),
@@ -246,6 +298,9 @@ mod tests {
             if let Ok(outer) = Outer::parse(&bytes) {
                 prop_assert_eq!(&outer.emit()[..], &bytes[..OUTER_LEN]);
                 prop_assert!(!is_quic(bytes[0]));
+            }
+            if let Ok(probe) = Probe::parse(&bytes) {
+                prop_assert_eq!(&probe.emit()[..], &bytes[..PROBE_LEN]);
             }
             if let Ok(slice) = Slice::parse(&bytes) {
                 prop_assert_eq!(&slice.emit()[..], &bytes[..SLICE_LEN]);

@@ -5,12 +5,14 @@
 
 use super::attach::{Attach, Work};
 use super::dataplane::DataPlane;
-use super::now;
-use crate::members::{Call, Ends, LinkId, Told};
+use super::{now, random, route};
+use crate::members::{Call, Ends, LinkId, Told, Via};
+use crate::seal::schedule::{SECRET_LEN, Secret};
 use crate::switch::{Command, Switch, Ticket, Wanted};
 use crate::tables::{Forwarding, WorkerEvent};
 use arc_swap::ArcSwap;
 use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -26,8 +28,12 @@ use violin_common::control::mesh::Message;
 const OUTBOX: usize = 1024;
 /// Messages of all peers that may wait for the actor.
 const INBOX: usize = 1024;
-/// Time between two looks at the clock.
-const TICK: Duration = Duration::from_millis(50);
+/// Longest sleep while there are peers: whether a connection has wandered is only seen by looking.
+const LOOK: Duration = Duration::from_secs(1);
+/// Shortest sleep: nothing the switch asks for is more urgent.
+const SHORTEST: Duration = Duration::from_millis(5);
+/// Longest sleep at all.
+const SLEEP: Duration = Duration::from_secs(3600);
 /// How long either end may take to open the stream and send its HELLO.
 const GREETING: Duration = Duration::from_secs(5);
 
@@ -66,6 +72,13 @@ enum LinkEvent {
 struct Peer {
     connection: quinn::Connection,
     outbox: mpsc::Sender<Message>,
+    /// Where it was last seen.
+    address: SocketAddr,
+}
+
+/// As the data plane sees it: an IPv4 member of an IPv6 port has a mapped address in quinn only.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    (address.ip().to_canonical(), address.port()).into()
 }
 
 /// Control messages and connections that were refused.
@@ -113,6 +126,10 @@ pub struct Parts {
     pub attach: std::sync::mpsc::Sender<Work>,
     /// What is counted here.
     pub counters: Arc<ControlCounters>,
+    /// Where it listens, if at one address.
+    pub listen: Option<IpAddr>,
+    /// Whether data may go plain anywhere.
+    pub speaks_plain: bool,
 }
 
 struct Actor {
@@ -130,9 +147,8 @@ pub async fn run(parts: Parts, mut inputs: mpsc::UnboundedReceiver<Input>, mut w
     tokio::spawn(admit_callers(parts.endpoint.clone(), events.clone(), Arc::clone(&parts.counters)));
     let (peers, tickets) = (HashMap::new(), HashMap::new());
     let mut actor = Actor { parts, peers, next_link: 0, tickets, next_ticket: 0, events };
-    let mut tick = tokio::time::interval(TICK);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
+        let sleep = actor.sleep();
         tokio::select! {
             // Requests first: a VM waits behind them. What guests can cause comes last.
             biased;
@@ -143,9 +159,12 @@ pub async fn run(parts: Parts, mut inputs: mpsc::UnboundedReceiver<Input>, mut w
                     return;
                 }
             }
-            _ = tick.tick() => actor.parts.switch.handle_timeout(now()),
+            () = tokio::time::sleep(sleep) => {
+                actor.look_for_migrations();
+                actor.parts.switch.handle_timeout(now());
+            }
             Some(event) = link_events.recv() => actor.link_event(event),
-            Some(event) = worker_events.recv() => actor.parts.switch.handle_worker(event),
+            Some(event) = worker_events.recv() => actor.parts.switch.handle_worker(now(), event),
         }
         actor.carry_out();
     }
@@ -161,6 +180,13 @@ async fn admit_callers(endpoint: Endpoint, events: mpsc::Sender<LinkEvent>, coun
 }
 
 impl Actor {
+    /// How long nothing is due.
+    fn sleep(&self) -> Duration {
+        let now = now();
+        let longest = if self.peers.is_empty() { SLEEP } else { LOOK };
+        self.parts.switch.poll_timeout().map_or(longest, |due| due.since(now).clamp(SHORTEST, longest))
+    }
+
     fn input(&mut self, input: Input) -> Option<oneshot::Sender<()>> {
         match input {
             Input::Request(request, reply) => {
@@ -216,22 +242,69 @@ impl Actor {
         self.next_link += 1;
         let (outbox, messages) = mpsc::channel(OUTBOX);
         let remote = connection.remote_address();
-        // As the data plane sees it: an IPv4 member of an IPv6 port has a mapped address here only.
-        let theirs = (remote.ip().to_canonical(), remote.port()).into();
-        let ends = Ends { theirs, ours: connection.local_ip() };
+        let theirs = canonical(remote);
+        let ours = connection.local_ip().map(|ip| ip.to_canonical());
+        let via = if self.parts.speaks_plain { self.via(ours, theirs) } else { None };
+        let ends = Ends { theirs, ours, via };
+        let drawn = match random::drawn() {
+            Ok(drawn) => drawn,
+            Err(error) => {
+                tracing::error!(%error, "no random numbers: the connection is given up");
+                return connection.close(quinn::VarInt::from_u32(1), b"no random numbers here");
+            }
+        };
         let exchange =
             exchange(connection.clone(), called, link, messages, self.events.clone(), Arc::clone(&self.parts.counters));
         tokio::spawn(exchange);
-        self.peers.insert(link, Peer { connection, outbox });
-        self.parts.switch.handle_connected(link, who.host, who.domain, ends, called);
+        self.peers.insert(link, Peer { connection, outbox, address: theirs });
+        self.parts.switch.handle_connected(link, (who.host, who.domain), ends, called, drawn);
     }
 
+    /// The underlay interface that leads to a peer.
+    fn via(&self, ours: Option<IpAddr>, theirs: SocketAddr) -> Option<Via> {
+        match route::towards(ours.or(self.parts.listen), theirs.ip()) {
+            Ok(via) => via,
+            Err(error) => {
+                tracing::warn!(%error, peer = %theirs, "cannot find out which interface leads there: its data is sealed");
+                None
+            }
+        }
+    }
+
+    /// A connection whose peer has wandered is followed by quinn, which has validated the new path.
+    fn look_for_migrations(&mut self) {
+        for (link, peer) in &mut self.peers {
+            let address = canonical(peer.connection.remote_address());
+            if std::mem::replace(&mut peer.address, address) != address {
+                self.parts.switch.handle_migrated(*link, address);
+            }
+        }
+    }
+
+    /// The secret of a connection's data.
+    fn export(&self, link: LinkId, context: &[u8]) -> Option<Secret> {
+        let mut secret = [0; SECRET_LEN];
+        self.peers.get(&link)?.connection.export_keying_material(&mut secret, b"violin mesh data", context).ok()?;
+        Some(Secret::new(secret))
+    }
+
+    /// Carries out what the switch wants until it wants nothing more.
     fn carry_out(&mut self) {
+        loop {
+            let commands = self.parts.switch.take_commands(now());
+            if commands.is_empty() {
+                break;
+            }
+            self.carry_out_these(commands);
+        }
+    }
+
+    fn carry_out_these(&mut self, commands: Vec<Command>) {
         let refused = self.parts.switch.refusals();
         self.parts.counters.hints_refused.store(refused.hints, Ordering::Relaxed);
         self.parts.counters.macs_refused.store(refused.macs, Ordering::Relaxed);
         self.parts.counters.twins_refused.store(refused.twins, Ordering::Relaxed);
-        for command in self.parts.switch.take_commands(now()) {
+        for command in commands {
             match command {
                 Command::Publish(tables) => {
                     self.parts.tables.store(Arc::new(*tables));
@@ -273,6 +346,17 @@ impl Actor {
                         }
                     });
                 }
+                Command::Export { link, context } => match self.export(link, &context.0) {
+                    Some(secret) => self.parts.switch.handle_secret(now(), link, &secret),
+                    None => tracing::debug!(?link, "no secret: the connection is gone"),
+                },
+                Command::Challenge { session, to } => match random::number() {
+                    Ok(token) => {
+                        self.parts.switch.handle_challenged(now(), session, to, token);
+                        self.parts.dataplane.challenge(session, to, token);
+                    }
+                    Err(error) => tracing::error!(%error, "no random numbers: a peer is not followed"),
+                },
                 Command::Answer { ticket, reply } => {
                     if let Some(sender) = self.tickets.remove(&ticket) {
                         let _ = sender.send(self.complete(reply));

@@ -207,6 +207,11 @@ impl DataPlane {
         self.line.wake();
     }
 
+    /// Sends a token in a session to an address; an answer is a [`WorkerEvent::Answered`].
+    pub fn challenge(&self, session: u32, to: SocketAddr, token: u64) {
+        self.line.say(Command::Challenge(session, to, token));
+    }
+
     /// What each pair of MACs exchanged, as seen where it entered; bounded, pairs with least bytes are forgotten first.
     pub fn traffic(&self) -> Vec<TrafficSeen> {
         self.traffic.snapshot()

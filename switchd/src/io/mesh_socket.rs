@@ -4,6 +4,7 @@ use super::dataplane::QuicDatagram;
 use super::udp;
 use crate::counters::Counters;
 use crate::drops::DropReason;
+use crate::slice::Way;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use std::io::{self, IoSliceMut};
@@ -57,7 +58,7 @@ impl AsyncUdpSocket for MeshSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let way = (transmit.src_ip, transmit.destination);
+        let way = Way { to: transmit.destination, from: transmit.src_ip, interface: 0 };
         match udp::send_from(self.socket.as_fd(), way, transmit.contents, None) {
             Ok(()) => Ok(()),
             // A host that cannot be reached now is like one that loses every datagram: the idle timeout tells.

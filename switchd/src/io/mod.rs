@@ -15,8 +15,11 @@ pub mod udp;
 // Control side.
 pub mod api;
 pub mod attach;
+pub mod ciphers;
 pub mod control;
 pub mod mesh_socket;
+pub mod random;
+pub mod route;
 pub mod run;
 
 pub use sys::now;

@@ -2,12 +2,14 @@
 
 use crate::counters::Counters;
 use crate::drops::DropReason;
+use crate::inbound::Arrival;
 use crate::io::dataplane::QuicDatagram;
 use crate::io::ports::Look;
-use crate::io::sys::{Batch, Received, VECTOR, now};
+use crate::io::sys::{self, Batch, Received, VECTOR, now};
 use crate::io::udp::Mesh;
 use crate::port::{HEADROOM, MAX_FRAME, PortIo, ReadError, WriteError};
 use crate::slice::Arena;
+use crate::spin::Spin;
 use crate::tables::{Forwarding, Gate, Port, PortSlot, WorkerEvent};
 use crate::virtio::{self, Offload};
 use crate::worker::{Delivered, Egress, Frame, Worker};
@@ -17,6 +19,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::EventFd;
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -30,11 +33,10 @@ const WAITING_FRAMES: usize = 512;
 const WAITING_BYTES: usize = 4 << 20;
 /// How long they are worth delivering.
 const WORTH: Duration = Duration::from_secs(10);
-/// Time between two looks at the clock's work.
+/// Time between two looks at the clock's work while something waits for it.
 const TICK: Duration = Duration::from_millis(100);
-
-/// After how many of them ports are asked whether they have gone.
-const GONE_EVERY: u32 = 5;
+/// Likewise while nothing does: ports are asked whether they have gone, and what was lost is counted.
+const IDLE: Duration = Duration::from_millis(500);
 
 const WAKE: u64 = 0;
 const MESH: u64 = 1;
@@ -45,6 +47,8 @@ const PORTS: u64 = 2;
 pub(crate) enum Command {
     Attach(PortSlot, PortId, Box<dyn PortIo>),
     Detach(PortSlot, PortId, mpsc::Sender<()>),
+    /// Send a token in a session, to an address.
+    Challenge(u32, SocketAddr, u64),
     /// Let go of its interface at once, as if it had gone.
     Shut(PortSlot, PortId, mpsc::Sender<()>),
     Stop,
@@ -93,8 +97,12 @@ pub(crate) struct Pump {
     wake: Arc<EventFd>,
     frames: Batch,
     datagrams: Batch,
+    spin: Spin,
+    /// Taken from ports and the mesh port since the last wait.
+    bytes: usize,
     ticked: Instant,
-    ticks: u32,
+    /// When ports were last asked whether they have gone.
+    asked: Instant,
 }
 
 impl Pump {
@@ -121,16 +129,23 @@ impl Pump {
             wake: outside.wake,
             frames: Batch::new(VECTOR, MAX_FRAME, HEADROOM),
             datagrams: Mesh::batch(),
+            spin: Spin::new(now()),
+            bytes: 0,
             ticked: now(),
-            ticks: 0,
+            asked: now(),
         })
     }
 
     /// Runs until told to stop.
     pub(crate) fn run(mut self) {
         let mut events = [EpollEvent::empty(); 64];
-        let timeout = EpollTimeout::from(u8::try_from(TICK.as_millis()).unwrap_or(u8::MAX));
+        if let Err(error) = sys::short_slices() {
+            tracing::debug!(%error, "this kernel has one length of time slices for all");
+        }
         loop {
+            let spins = self.spin.goes_on(now());
+            let pause = if spins { Duration::ZERO } else { self.pause() };
+            let timeout = EpollTimeout::from(u16::try_from(pause.as_millis()).unwrap_or(u16::MAX));
             let count = match self.epoll.wait(&mut events, timeout) {
                 Ok(count) => count,
                 Err(nix::Error::EINTR) => 0,
@@ -139,6 +154,12 @@ impl Pump {
                     return;
                 }
             };
+            if count == 0 && spins {
+                // Whoever has work on this processor does it now.
+                std::thread::yield_now();
+                continue;
+            }
+            let found = now();
             self.ways.mesh.be_patient();
             for event in &events[..count] {
                 let tables = self.outside_tables.load_full();
@@ -154,7 +175,15 @@ impl Pump {
                 }
             }
             self.keep_up();
+            if count > 0 {
+                self.spin.worked(found, now(), std::mem::take(&mut self.bytes));
+            }
         }
+    }
+
+    /// How long to wait for something at most.
+    fn pause(&self) -> Duration {
+        if self.ways.waiting.is_empty() && !self.worker.is_restless() { IDLE } else { TICK }
     }
 
     /// What is due after every vector: gates when tables changed, the clock's work some times a second.
@@ -168,9 +197,9 @@ impl Pump {
             return;
         }
         self.ticked = now;
-        self.worker.tick(now);
-        self.ticks = self.ticks.wrapping_add(1);
-        if self.ticks.is_multiple_of(GONE_EVERY) {
+        self.worker.tick(now, &mut self.ways);
+        if now.since(self.asked) >= IDLE {
+            self.asked = now;
             let gone: Vec<_> = self.ways.ports.iter().filter(|(_, (_, io))| io.is_gone()).map(|(slot, _)| *slot).collect();
             gone.into_iter().for_each(|slot| self.ways.lose(slot));
         }
@@ -204,6 +233,9 @@ impl Pump {
                     }
                     self.ways.ports.insert(slot, (id, port));
                     self.ways.flush(tables, slot);
+                }
+                Command::Challenge(session, to, token) => {
+                    self.worker.challenge(now(), tables, session, (to, token), &mut self.ways);
                 }
                 Command::Detach(slot, id, done) => {
                     if self.ways.ports.get(&slot).is_some_and(|(attached, _)| *attached == id) {
@@ -241,6 +273,7 @@ impl Pump {
             .frames
             .slots_mut()
             .filter_map(|(received, vnet, slot)| {
+                self.bytes += received.len;
                 if let Some(reason) = received.refused {
                     counters.drops.count(reason);
                     return None;
@@ -257,19 +290,21 @@ impl Pump {
         }
         let now = now();
         let mut merging = Default::default();
-        for (received, bytes) in self.datagrams.messages() {
+        for (received, bytes) in self.datagrams.messages_mut() {
+            self.bytes += bytes.len();
             let Some(from) = received.from.filter(|_| !bytes.is_empty()) else {
                 self.ways.counters.drops.count(DropReason::BadDatagram);
                 continue;
             };
-            for datagram in bytes.chunks(received.segment.unwrap_or(bytes.len()).max(1)) {
+            let arrival = Arrival { from, interface: received.interface };
+            for datagram in bytes.chunks_mut(received.segment.unwrap_or(bytes.len()).max(1)) {
                 if mesh::is_quic(datagram[0]) {
                     let datagram = QuicDatagram { from, to: received.to, bytes: Bytes::copy_from_slice(datagram) };
                     if self.quic.try_send(datagram).is_err() {
                         self.ways.counters.drops.count(DropReason::QuicBusy);
                     }
                 } else {
-                    self.worker.inbound(now, tables, from, datagram, &mut merging, &mut self.ways);
+                    self.worker.inbound(now, tables, arrival, datagram, &mut merging, &mut self.ways);
                 }
             }
         }

@@ -5,13 +5,13 @@ use super::control::{self, ControlCounters, Input, Parts};
 use super::dataplane::DataPlane;
 use super::mesh_socket::MeshSocket;
 use super::needs::Needs;
-use super::{attach, now};
+use super::{attach, ciphers, now, random};
 use crate::counters::Counters;
+use crate::members;
 use crate::switch::{Nature, Switch, Wanted};
 use crate::tables::Forwarding;
 use anyhow::{Context, Result, anyhow, bail};
 use arc_swap::ArcSwap;
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
@@ -49,11 +49,6 @@ pub fn check(path: &Path) -> Result<SwitchConfig> {
     let socket = folder_of_can_be(&config.socket).and_then(|()| local::must_be_socket(&config.socket));
     socket.context("key `socket`").with_context(within)?;
     Ok(config)
-}
-
-/// A number nobody can guess and that differs at each start. The standard library seeds its hashers so.
-fn random() -> u64 {
-    RandomState::new().build_hasher().finish()
 }
 
 fn network(config: &NetworkConfig) -> NetworkSpec {
@@ -124,6 +119,8 @@ fn fixed_differences(old: &SwitchConfig, new: &SwitchConfig) -> Vec<&'static str
     check(old.socket == new.socket, "socket");
     check(old.tls == new.tls, "tls");
     check(old.aead == new.aead, "aead");
+    check(old.aead_library == new.aead_library, "aead-library");
+    check(old.plain == new.plain, "plain");
     check(old.underlay_mtu == new.underlay_mtu, "underlay-mtu");
     keys
 }
@@ -180,9 +177,17 @@ pub async fn run(path: &Path) -> Result<()> {
         domain: config.domain.clone(),
         listen,
         max_datagram: max_datagram(config.listen, config.underlay_mtu),
-        boot: random(),
+        boot: random::number().context("could not draw a random number")?,
+        ciphers: ciphers::abilities(config.aead, config.aead_library),
+        queues: 1,
+        plain: config.plain.clone(),
+        renew: members::RENEW,
     };
-    let switch = Switch::new(now(), nature, &config.join, random());
+    for can in &nature.ciphers {
+        let (aead, library) = (can.choice.aead.name(), can.choice.library.name());
+        tracing::info!(aead, library, ns_per_1400_bytes = can.ns, "can seal");
+    }
+    let switch = Switch::new(now(), nature, &config.join);
     let control_counters = Arc::new(ControlCounters::default());
     let api = Api { inputs: inputs.clone(), dataplane: Arc::clone(&dataplane), counters, control: Arc::clone(&control_counters) };
 
@@ -194,6 +199,8 @@ pub async fn run(path: &Path) -> Result<()> {
         tables,
         attach: attach.clone(),
         counters: control_counters,
+        listen: Some(listen.ip()).filter(|ip| !ip.is_unspecified()),
+        speaks_plain: !config.plain.is_empty(),
     };
     let mut actor = tokio::spawn(control::run(parts, input_receiver, worker_events));
     let serving = tokio::spawn(api.serve(listener));

@@ -24,7 +24,7 @@ pub fn now() -> Instant {
 }
 
 /// One received message.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Received {
     /// Bytes in its slot, from the headroom on.
     pub len: usize,
@@ -32,6 +32,8 @@ pub struct Received {
     pub from: Option<SocketAddr>,
     /// To which of our addresses it came, where the socket was asked to tell.
     pub to: Option<IpAddr>,
+    /// Through which interface, likewise; 0: not told.
+    pub interface: u32,
     /// Tag control information and protocol of a stripped VLAN tag.
     pub vlan: Option<(u16, u16)>,
     /// Size of the datagrams that were put together, where they were.
@@ -98,6 +100,15 @@ impl Batch {
             .map(move |(received, slot)| (received, &slot[headroom..headroom + received.len]))
     }
 
+    /// All received messages without headroom, to be changed in place.
+    pub fn messages_mut(&mut self) -> impl Iterator<Item = (&Received, &mut [u8])> {
+        let headroom = self.headroom;
+        self.received
+            .iter()
+            .zip(self.bytes.chunks_mut(self.slot))
+            .map(move |(received, slot)| (received, &mut slot[headroom..headroom + received.len]))
+    }
+
     /// Receives as many messages as there are, at most [`Self::capacity`], without waiting. With `vnet` each begins with a
     /// `virtio_net_hdr`, which goes to [`Self::vnet`].
     pub fn receive(&mut self, socket: BorrowedFd<'_>, vnet: bool) -> io::Result<usize> {
@@ -138,10 +149,8 @@ impl Batch {
             let mut received = Received {
                 len: (header.msg_len as usize).saturating_sub(extra),
                 from: address(name),
-                to: None,
-                vlan: None,
-                segment: None,
                 refused: (header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0).then_some(DropReason::TooBig),
+                ..Received::default()
             };
             controls_of(&header.msg_hdr, &mut received);
             self.received.push(received);
@@ -167,11 +176,13 @@ fn controls_of(header: &libc::msghdr, received: &mut Received) {
                 let info = unsafe { data.cast::<libc::in_pktinfo>().read_unaligned() };
                 // Ours also where the datagram was sent to a broadcast address.
                 received.to = Some(IpAddr::from(info.ipi_spec_dst.s_addr.to_ne_bytes()));
+                received.interface = u32::try_from(info.ipi_ifindex).unwrap_or(0);
             }
             (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                 // SAFETY: IPV6_PKTINFO carries an in6_pktinfo.
                 let info = unsafe { data.cast::<libc::in6_pktinfo>().read_unaligned() };
                 received.to = Some(IpAddr::from(info.ipi6_addr.s6_addr).to_canonical()).filter(|to| !to.is_multicast());
+                received.interface = info.ipi6_ifindex;
             }
             (libc::SOL_PACKET, PACKET_AUXDATA) => {
                 // SAFETY: PACKET_AUXDATA carries a tpacket_auxdata.
@@ -309,5 +320,39 @@ pub fn interface_request(
 pub fn number_request(fd: BorrowedFd<'_>, request: libc::c_ulong, number: libc::c_ulong) -> io::Result<()> {
     // SAFETY: all requests used with this take a plain number.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), request as _, number) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Has the calling thread ask for the processor often and for short: a fair scheduler then lets it go first when it wakes.
+/// Kernels before 6.12 do not have it.
+pub fn short_slices() -> io::Result<()> {
+    /// The shortest there is.
+    const SLICE: u64 = 100_000;
+    #[repr(C)]
+    #[derive(Default)]
+    struct Attributes {
+        size: u32,
+        policy: u32,
+        flags: u64,
+        nice: i32,
+        priority: u32,
+        runtime: u64,
+        deadline: u64,
+        period: u64,
+    }
+    let size = size_of::<Attributes>() as u32;
+    let mut attributes = Attributes::default();
+    // SAFETY: `attributes` is a whole sched_attr of its first version (linux/sched/types.h), of the size that is said.
+    let result = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if attributes.policy != libc::SCHED_OTHER as u32 {
+        // Whoever started us has chosen another scheduler.
+        return Ok(());
+    }
+    (attributes.size, attributes.runtime) = (size, SLICE);
+    // SAFETY: as above.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

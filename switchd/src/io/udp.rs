@@ -3,7 +3,7 @@
 use crate::counters::Counters;
 use crate::drops::DropReason;
 use crate::io::sys::{Batch, datagram_losses, now, set_option};
-use crate::slice::Arena;
+use crate::slice::{Arena, Way};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrIn, SockaddrIn6, sendmsg};
 use std::io::{self, IoSlice};
@@ -21,8 +21,8 @@ const SEND_BUFFER: libc::c_int = 1 << 20;
 /// How long a full socket is waited for until the mesh port is read again; guests feel it as back pressure. More would let a
 /// guest that sends faster than the underlay takes keep us from our peers' word until all of them seem lost.
 const PATIENCE: Duration = Duration::from_millis(10);
-/// Coalesced datagrams taken by one call.
-const READS: usize = 16;
+/// Datagrams taken by one call, each coalesced or single: where nobody coalesces, as many as a super-frame has slices.
+const READS: usize = 64;
 
 /// The UDP socket all switches of the mesh speak through.
 #[derive(Debug)]
@@ -51,13 +51,10 @@ fn buffer(socket: BorrowedFd<'_>, (forced, plain): (libc::c_int, libc::c_int), b
     }
 }
 
-/// Has a socket that listens on all of a host's addresses tell to which of them each datagram came: whoever asked there takes
-/// an answer from another for a stranger's. One that has a single address needs nothing.
+/// Has a socket tell to which of a host's addresses, and through which interface, each datagram came: whoever asked at one of
+/// several takes an answer from another for a stranger's, and plain data counts from one interface only.
 pub fn tell_destinations(socket: &UdpSocket) -> io::Result<()> {
     let local = socket.local_addr()?;
-    if !local.ip().is_unspecified() {
-        return Ok(());
-    }
     // An IPv6 socket tells of IPv4 by mapped addresses.
     let (level, name) =
         if local.is_ipv6() { (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO) } else { (libc::IPPROTO_IP, libc::IP_PKTINFO) };
@@ -71,29 +68,26 @@ fn mapped(ip: IpAddr) -> Ipv6Addr {
     }
 }
 
-/// Sends one datagram, or with `segment` as many as `bytes` has of that size. `from`: which of our addresses it leaves from;
-/// none: the kernel chooses. `to` is of the socket's family.
-pub fn send_from(
-    socket: BorrowedFd<'_>,
-    (from, to): (Option<IpAddr>, SocketAddr),
-    bytes: &[u8],
-    segment: Option<u16>,
-) -> nix::Result<()> {
+/// Sends one datagram, or with `segment` as many as `bytes` has of that size. Where the way goes to is of the socket's family.
+pub fn send_from(socket: BorrowedFd<'_>, way: Way, bytes: &[u8], segment: Option<u16>) -> nix::Result<()> {
+    let Way { from, to, interface } = way;
     let in_addr = |ip: Ipv4Addr| libc::in_addr { s_addr: u32::from_ne_bytes(ip.octets()) };
     let v4 = match from {
         Some(IpAddr::V4(ip)) => ip,
         _ => Ipv4Addr::UNSPECIFIED,
     };
-    let v4 = libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: in_addr(v4), ipi_addr: in_addr(Ipv4Addr::UNSPECIFIED) };
+    let v4 =
+        libc::in_pktinfo { ipi_ifindex: interface as i32, ipi_spec_dst: in_addr(v4), ipi_addr: in_addr(Ipv4Addr::UNSPECIFIED) };
     let v6 = libc::in6_addr { s6_addr: from.map_or(Ipv6Addr::UNSPECIFIED, mapped).octets() };
-    let v6 = libc::in6_pktinfo { ipi6_addr: v6, ipi6_ifindex: 0 };
+    let v6 = libc::in6_pktinfo { ipi6_addr: v6, ipi6_ifindex: interface as _ };
     let size = segment.unwrap_or(0);
     let source = match to {
         SocketAddr::V4(_) => ControlMessage::Ipv4PacketInfo(&v4),
         SocketAddr::V6(_) => ControlMessage::Ipv6PacketInfo(&v6),
     };
     let controls = [source, ControlMessage::UdpGsoSegments(&size)];
-    let controls = &controls[usize::from(from.is_none())..1 + usize::from(segment.is_some())];
+    let kernel_chooses = from.is_none() && interface == 0;
+    let controls = &controls[usize::from(kernel_chooses)..1 + usize::from(segment.is_some())];
     let (fd, parts, flags) = (socket.as_raw_fd(), [IoSlice::new(bytes)], MsgFlags::MSG_DONTWAIT);
     match to {
         SocketAddr::V4(to) => sendmsg(fd, &parts, controls, flags, Some(&SockaddrIn::from(to))),
@@ -103,10 +97,10 @@ pub fn send_from(
 }
 
 /// Sends `bytes` as datagrams of `segment` bytes, the last perhaps shorter, from byte `sent` on, which moves along with what
-/// was sent: after an error the same call goes on where it stopped. `way`: see [`send_from`].
+/// was sent: after an error the same call goes on where it stopped.
 pub fn send_segments(
     socket: BorrowedFd<'_>,
-    way: (Option<IpAddr>, SocketAddr),
+    way: Way,
     bytes: &[u8],
     segment: usize,
     gso: bool,
@@ -193,12 +187,12 @@ impl Mesh {
     pub fn send(&mut self, arena: &Arena) {
         for burst in arena.bursts() {
             let bytes = &arena.bytes()[burst.start..burst.end];
-            let to = match burst.to {
+            let to = match burst.way.to {
                 SocketAddr::V4(v4) if self.v6 => (IpAddr::from(v4.ip().to_ipv6_mapped()), v4.port()).into(),
                 other => other,
             };
             let mut sent = 0;
-            if let Err(error) = self.send_burst((burst.from, to), bytes, burst.segment, &mut sent) {
+            if let Err(error) = self.send_burst(Way { to, ..burst.way }, bytes, burst.segment, &mut sent) {
                 tracing::trace!(%error, %to, "burst");
                 let reason = if error == nix::Error::EAGAIN || error == nix::Error::ENOBUFS {
                     DropReason::TunnelBusy
@@ -210,13 +204,7 @@ impl Mesh {
         }
     }
 
-    fn send_burst(
-        &mut self,
-        way: (Option<IpAddr>, SocketAddr),
-        bytes: &[u8],
-        segment: usize,
-        sent: &mut usize,
-    ) -> nix::Result<()> {
+    fn send_burst(&mut self, way: Way, bytes: &[u8], segment: usize, sent: &mut usize) -> nix::Result<()> {
         let fd = self.socket.as_fd();
         let (mut at_once, mut waited) = (self.gso, false);
         loop {
@@ -246,6 +234,10 @@ impl Mesh {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn way(from: Option<IpAddr>, to: SocketAddr) -> Way {
+        Way { to, from, interface: 0 }
+    }
 
     #[test]
     fn what_was_waited_for_a_full_socket_is_not_waited_again() {
@@ -315,7 +307,7 @@ mod tests {
             let back = theirs.local_addr().unwrap();
             let back = if any.starts_with('[') { (IpAddr::from(mapped(back.ip())), back.port()).into() } else { back };
             for segment in [None, Some(1)] {
-                send_from(ours.as_fd(), (received.to, back), b"ab", segment).unwrap();
+                send_from(ours.as_fd(), way(received.to, back), b"ab", segment).unwrap();
                 assert_eq!(theirs.recv_from(&mut [0; 2]).unwrap().1, place, "{any}, segments {segment:?}");
             }
         }
@@ -327,7 +319,7 @@ mod tests {
         to.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
         for gso in [true, false] {
             let mut sent = 0;
-            send_segments(from.as_fd(), (None, to.local_addr().unwrap()), &[7; 250], 100, gso, &mut sent).unwrap();
+            send_segments(from.as_fd(), way(None, to.local_addr().unwrap()), &[7; 250], 100, gso, &mut sent).unwrap();
             let lens = [0; 3].map(|_| to.recv(&mut [0; 1000]).unwrap());
             assert_eq!((lens, sent), ([100, 100, 50], 250));
         }

@@ -18,6 +18,8 @@ pub enum Told {
     Refused(String),
     /// Networks have another MTU there; which, in words.
     Mtu(String),
+    /// Data could go plain as far as our configuration says, not as far as the other end's does.
+    PlainHereOnly,
 }
 
 impl Told {
@@ -27,6 +29,7 @@ impl Told {
             Self::Lost => TroubleKind::Lost,
             Self::Refuses(_) | Self::Refused(_) => TroubleKind::Refused,
             Self::Mtu(_) => TroubleKind::Mtu,
+            Self::PlainHereOnly => TroubleKind::Plain,
         }
     }
 
@@ -40,6 +43,9 @@ impl Told {
             Self::Refused(why) => format!("we refuse it: {why}"),
             Self::Mtu(which) => {
                 format!("{which}: want the same `mtu` at both ends, or what the one takes for too big the other sends")
+            }
+            Self::PlainHereOnly => {
+                "data is sealed although `plain` names it here: want `plain` at the other end to name our domain and the interface there".into()
             }
         }
     }
@@ -98,6 +104,7 @@ impl Member {
             troubles.push(PeerTrouble { kind: TroubleKind::NoAnswer, why: "it is being called".into(), for_s: 0 });
         }
         troubles.extend(self.mtus.as_ref().filter(|_| self.is_connected()).map(|trouble| trouble.seen(now)));
+        troubles.extend(self.unsealed.as_ref().filter(|_| self.is_connected()).map(|trouble| trouble.seen(now)));
         troubles.extend(self.rivals.recent(now).map(|(_, since, why)| PeerTrouble {
             kind: TroubleKind::Twin,
             why,
@@ -113,7 +120,12 @@ impl Members {
         match &call.expected {
             Some(host) => {
                 if let Some(member) = self.hosts.get_mut(host) {
-                    member.dial.ended(now, failed);
+                    if member.link.is_some() {
+                        // For a new session beside the one that stands; a trouble of the call is none of the member's.
+                        member.renewal.ended(now, None);
+                    } else {
+                        member.dial.ended(now, failed);
+                    }
                     if failed.is_some() && member.link.is_none() {
                         member.refused = None;
                     }

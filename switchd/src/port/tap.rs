@@ -171,7 +171,7 @@ impl PortIo for Tap {
                 Ok(len) => {
                     batch.vnet[index] = header;
                     let len = len.saturating_sub(virtio::LEN);
-                    batch.received.push(Received { len, from: None, to: None, vlan: None, segment: None, refused: None });
+                    batch.received.push(Received { len, ..Received::default() });
                 }
                 Err(nix::Error::EAGAIN | nix::Error::EINTR) => break,
                 Err(error) if batch.received.is_empty() => {

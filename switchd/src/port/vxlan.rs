@@ -8,6 +8,7 @@ use super::{AttachError, HEADROOM, PortIo, ReadError, WriteError, write_error};
 use crate::drops::DropReason;
 use crate::io::sys::{self, Batch};
 use crate::io::udp::{self, large_buffers, send_segments};
+use crate::slice::Way;
 use crate::transport::{self, Transport, complete};
 use crate::virtio::Offload;
 use std::io;
@@ -140,7 +141,8 @@ impl PortIo for Vxlan {
         let burst = segment_len.max(1) * (crate::slice::MAX_BURST / segment_len.max(1)).clamp(1, crate::slice::MAX_SEGMENTS);
         for bytes in self.out.chunks(burst) {
             let mut sent = 0;
-            let mut send = |gso| send_segments(self.socket.as_fd(), (self.ours, self.remote), bytes, segment_len, gso, &mut sent);
+            let way = Way { to: self.remote, from: self.ours, interface: 0 };
+            let mut send = |gso| send_segments(self.socket.as_fd(), way, bytes, segment_len, gso, &mut sent);
             match send(true).or_else(|_| send(false)) {
                 Ok(()) => (),
                 Err(nix::Error::EMSGSIZE) => return Err(WriteError::Refused(DropReason::GatewayTooBig)),

@@ -1,7 +1,7 @@
 //! What a [`Switch`](super::Switch) wants of the world, and what the configuration file wants of it.
 
 use super::Ticket;
-use crate::members::{Call, LinkId};
+use crate::members::{Call, Context, LinkId};
 use crate::tables::{Forwarding, PortSlot};
 use sha2::{Digest, Sha256};
 use std::net::SocketAddr;
@@ -92,6 +92,20 @@ pub enum Command {
     Watch {
         /// Which.
         link: LinkId,
+    },
+    /// Ask a connection's handshake for the secret of its data; answered by [`super::Switch::handle_secret`].
+    Export {
+        /// Which.
+        link: LinkId,
+        /// What it is bound to.
+        context: Context,
+    },
+    /// Draw a token, send it in a session, and say so by [`super::Switch::handle_challenged`].
+    Challenge {
+        /// The session's index.
+        session: u32,
+        /// Where to.
+        to: SocketAddr,
     },
     /// Answer a request.
     Answer {

@@ -68,6 +68,8 @@ impl Switch {
             }
             Message::Mtus(mtus) => self.mtus_heard(id, mtus),
             Message::Forgotten { vni, stations } => self.forgotten(id, vni, &stations.into_iter().collect()),
+            Message::Ready => self.peer_is_ready(now, id),
+            Message::Opened { receiver, queue, epoch } => self.members.acknowledged(&from, receiver, queue, epoch),
             Message::Leave => {
                 tracing::info!(peer = %from, "peer left");
                 self.forget_place(&from);
@@ -100,16 +102,17 @@ impl Switch {
                 return Ok(());
             }
             Greeted::Up { replaced, same_boot } => {
-                if let Some(old) = replaced {
+                for old in replaced {
                     self.members.closed(now, old);
                     self.close(old, "a newer connection between us stays");
                 }
-                if self.members.refuses_us(&host) {
+                if self.members.refuses_us(&host) || self.members.is_renewed(&host) {
                     tracing::debug!(peer = %host, same_boot, "peer connected, perhaps");
                 } else {
                     tracing::info!(peer = %host, same_boot, "peer connected");
                 }
                 self.dirty = true;
+                self.begin_session(now, id);
             }
         }
         let hints = self.members.hints(&host);
@@ -126,7 +129,7 @@ impl Switch {
         Ok(())
     }
 
-    fn close(&mut self, link: LinkId, why: &str) {
+    pub(super) fn close(&mut self, link: LinkId, why: &str) {
         self.commands.push(Command::Close { link, why: why.into(), refused: false });
     }
 

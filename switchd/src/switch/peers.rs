@@ -1,6 +1,7 @@
 //! The list of peers: who is connected, and what is wrong with those that are not.
 
 use super::Switch;
+use crate::members::words;
 use violin_common::Instant;
 use violin_common::api::switch::{PeerSeen, PeerTrouble, TroubleKind};
 
@@ -19,6 +20,7 @@ impl Switch {
                 networks: link.map(|link| link.networks.iter().copied().collect()).unwrap_or_default(),
                 datagrams_out: traffic.datagrams_out,
                 datagrams_in: traffic.datagrams_in,
+                protection: link.and_then(|_| member.sessions.sending()).map(|session| words(session)),
                 troubles: member.troubles(now),
             }
         });
@@ -31,6 +33,7 @@ impl Switch {
             networks: Vec::new(),
             datagrams_out: 0,
             datagrams_in: 0,
+            protection: None,
             troubles: vec![trouble],
         };
         let twins = self.members.twins().recent(now).map(|(address, since, why)| {

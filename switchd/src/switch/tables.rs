@@ -48,12 +48,14 @@ impl Switch {
 
     fn fill_peers(&self, tables: &mut Forwarding) {
         for (host, member, _, link) in self.members.connected_links() {
-            let (Some(slot), Some(hello)) = (member.slot, link.hello.as_ref()) else { continue };
+            let (Some(slot), Some(hello), Some(session)) = (member.slot, link.hello.as_ref(), member.sessions.sending()) else {
+                continue;
+            };
             let place = usize::from(slot.0);
             if tables.peers.len() <= place {
                 tables.peers.resize_with(place + 1, || None);
             }
-            tables.by_receiver.insert(link.index, slot);
+            tables.by_receiver.extend(member.sessions.all().map(|session| (session.index, (slot, Arc::clone(session)))));
             for vni in &link.networks {
                 if let Some(network) = tables.networks.get_mut(vni) {
                     network.peers.push(slot);
@@ -63,7 +65,7 @@ impl Switch {
                 host: host.clone(),
                 address: member.address,
                 ours: link.ours,
-                receiver: hello.receiver,
+                session: Arc::clone(session),
                 max_datagram: hello.max_datagram.min(self.nature.max_datagram),
                 networks: link.networks.iter().copied().collect(),
                 traffic: Arc::clone(&member.traffic),

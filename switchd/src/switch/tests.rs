@@ -2,14 +2,18 @@
 
 mod contest;
 mod mtus;
+mod sessions;
 
 use super::*;
 use crate::members::LIMIT;
+use crate::seal::cipher::{Choice, Library};
+use crate::seal::schedule::Secret;
 use crate::tables::{Forwarding, Gate};
+use sha2::{Digest, Sha256};
 use std::collections::VecDeque;
 use violin_common::Epoch;
 use violin_common::api::switch::{MoveState, OwnedMac, Ownership, PortKind, SwitchRequest};
-use violin_common::control::mesh::{Member as Hint, OwnedAt, Step};
+use violin_common::control::mesh::{Aead, Cipher, Member as Hint, Offer, OwnedAt, Step};
 
 const MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
 
@@ -23,6 +27,19 @@ fn address(number: usize) -> SocketAddr {
 
 fn name(number: usize) -> HostId {
     format!("h{number}").parse().unwrap()
+}
+
+fn drawn(number: u64) -> Drawn {
+    Drawn { index: number as u32 * 7, cookie: number }
+}
+
+fn abilities() -> Vec<Ability> {
+    Aead::ALL.map(|aead| Ability { choice: Choice { aead, library: Library::Ring }, ns: 400 }).into()
+}
+
+fn offer() -> Option<Offer> {
+    let ciphers = Aead::ALL.map(|aead| Cipher { code: aead.code(), ns: 400 }).into();
+    Some(Offer { ciphers, queues: 1, plain: None })
 }
 
 /// Switches `h1`, `h2`, ... and what is under way between them.
@@ -49,9 +66,13 @@ impl Mesh {
                 listen: address(number),
                 max_datagram: 1472,
                 boot: number as u64,
+                ciphers: abilities(),
+                queues: 1,
+                plain: Vec::new(),
+                renew: crate::members::RENEW,
             };
             let join = if number == 1 { vec![] } else { vec![address(1)] };
-            let mut switch = Switch::new(now, nature, &join, number as u64);
+            let mut switch = Switch::new(now, nature, &join);
             switch.network_add(NetworkSpec { vni: vni(5), mtu: 1400, ageing_s: 300 }).unwrap();
             switch
         });
@@ -70,8 +91,26 @@ impl Mesh {
     }
 
     fn carry_out(&mut self, at: usize) {
-        for command in self.switches[at].take_commands(self.now) {
+        loop {
+            let commands = self.switches[at].take_commands(self.now);
+            if commands.is_empty() {
+                return;
+            }
+            self.carry_out_these(at, commands);
+        }
+    }
+
+    fn carry_out_these(&mut self, at: usize, commands: Vec<Command>) {
+        for command in commands {
             match command {
+                Command::Export { link, context } => {
+                    // Both ends of a handshake get the same, and no other handshake does: which of its ends has the lower number
+                    // tells them apart here.
+                    let lower = link.0 & !1;
+                    let digest = Sha256::digest([&lower.to_be_bytes()[..], &context.0].concat());
+                    self.switches[at].handle_secret(self.now, link, &Secret::new(digest.into()));
+                }
+                Command::Challenge { .. } => {}
                 Command::Publish(tables) => self.tables[at] = *tables,
                 Command::Attach { id, .. } => self.switches[at].handle_attached(self.now, id, Ok(())),
                 Command::Detach { .. } => {}
@@ -83,8 +122,9 @@ impl Mesh {
                     self.links.insert((to, theirs), (at, ours));
                     let domain: DomainId = "d1".parse().unwrap();
                     self.switches[at].handle_called(self.now, &call, None);
-                    self.switches[at].handle_connected(LinkId(ours), name(to + 1), domain.clone(), address(to + 1), true);
-                    self.switches[to].handle_connected(LinkId(theirs), name(at + 1), domain, address(at + 1), false);
+                    let (us, them) = ((name(at + 1), domain.clone()), (name(to + 1), domain));
+                    self.switches[at].handle_connected(LinkId(ours), them, address(to + 1), true, drawn(ours));
+                    self.switches[to].handle_connected(LinkId(theirs), us, address(at + 1), false, drawn(theirs));
                     self.carry_out(to);
                 }
                 Command::Send { link, message } => {
@@ -120,15 +160,31 @@ impl Mesh {
         }
     }
 
+    /// Lets time pass; each switch is told when it has asked for that, and not otherwise.
     fn run(&mut self, span: Duration) {
         let end = self.now + span;
         while self.now < end {
-            self.now = self.now + Duration::from_millis(50);
+            let due = self.switches.iter().filter_map(Switch::poll_timeout).min();
+            self.now = due.unwrap_or(end).max(self.now + Duration::from_millis(5)).min(end);
             for at in 0..self.switches.len() {
-                self.switches[at].handle_timeout(self.now);
+                if self.switches[at].poll_timeout().is_some_and(|due| due <= self.now) {
+                    self.switches[at].handle_timeout(self.now);
+                }
             }
             self.settle();
         }
+    }
+
+    /// How often anybody is told the time while nothing happens.
+    fn looks(&mut self, span: Duration) -> usize {
+        let (end, mut looks) = (self.now + span, 0);
+        while let Some(due) = self.switches.iter().filter_map(Switch::poll_timeout).min().filter(|due| *due < end) {
+            self.now = due.max(self.now + Duration::from_millis(5));
+            looks += 1;
+            self.switches.iter_mut().for_each(|switch| switch.handle_timeout(self.now));
+            self.settle();
+        }
+        looks
     }
 
     /// Asks switch `at` (from 1) and waits some time.
@@ -171,7 +227,7 @@ fn each_writes_the_index_the_other_gave() {
     let mesh = Mesh::new(2);
 
     let ours = mesh.tables[0].peers[0].as_ref().unwrap();
-    assert!(mesh.tables[1].by_receiver.contains_key(&ours.receiver));
+    assert!(mesh.tables[1].by_receiver.contains_key(&ours.session.receiver));
     assert_eq!((ours.host.as_str(), ours.address), ("h2", address(2)));
 }
 
@@ -218,7 +274,8 @@ fn hello(number: usize) -> Hello {
         domain: "d1".parse().unwrap(),
         boot: 99,
         receiver: 1,
-        aead: Aead::None,
+        reserved: 0,
+        offer: offer(),
         max_datagram: 1472,
         networks: vec![],
     }
@@ -237,7 +294,7 @@ fn members_that_were_only_told_of_give_way_to_those_that_come_themselves() {
     switch.handle_closed(now, told);
     for number in [5, 6] {
         let link = LinkId(900 + number as u64);
-        switch.handle_connected(link, name(number), "d1".parse().unwrap(), address(number), false);
+        switch.handle_connected(link, (name(number), "d1".parse().unwrap()), address(number), false, drawn(link.0));
         switch.handle_message(now, link, Message::Hello(hello(number))).unwrap();
         assert_eq!((switch.members.all().count(), switch.link_of(&name(number))), (LIMIT, Some(link)));
     }
@@ -286,7 +343,7 @@ fn hints_of_ever_another_address_make_no_more_calls() {
 fn a_message_before_hello_and_a_false_name_end_the_connection() {
     let mut mesh = Mesh::new(2);
     let switch = &mut mesh.switches[0];
-    switch.handle_connected(LinkId(900), name(3), "d1".parse().unwrap(), address(3), false);
+    switch.handle_connected(LinkId(900), (name(3), "d1".parse().unwrap()), address(3), false, drawn(900));
     let early = switch.handle_message(mesh.now, LinkId(900), Message::Leave);
     assert_eq!(early, Err("got a message before HELLO".into()));
 
@@ -299,9 +356,9 @@ fn a_message_before_hello_and_a_false_name_end_the_connection() {
     let narrow = Hello { host: name(3), max_datagram: 44, ..hello.clone() };
     let refused = switch.handle_message(mesh.now, LinkId(900), Message::Hello(narrow));
     assert!(refused.unwrap_err().contains("got max-datagram 44, want 1232"));
-    let sealed = Hello { host: name(3), aead: Aead::Aes256Gcm, ..hello };
+    let sealed = Hello { host: name(3), offer: None, ..hello };
     let refused = switch.handle_message(mesh.now, LinkId(900), Message::Hello(sealed));
-    assert!(refused.unwrap_err().contains("configured alike"));
+    assert!(refused.unwrap_err().contains("without an offer"));
 }
 
 #[test]
@@ -469,7 +526,7 @@ fn an_announced_learned_mac_corrects_the_fdb_but_never_fills_it() {
 
     mesh.now = mesh.now + crate::fdb::SETTLE;
     for mac in [MAC, other] {
-        mesh.switches[2].handle_worker(WorkerEvent::Learned { vni: vni(5), vid: 0, mac, port: slot });
+        mesh.switches[2].handle_worker(mesh.now, WorkerEvent::Learned { vni: vni(5), vid: 0, mac, port: slot });
     }
     mesh.settle();
 
@@ -544,9 +601,9 @@ fn stations_of_a_port_that_is_gone_are_forgotten_where_they_are_still_thought_to
         if removed {
             mesh.ask(1, SwitchRequest::PortRemove { port }).unwrap();
         } else {
-            mesh.switches[0].handle_worker(WorkerEvent::Lost { port: PortSlot(0), id: port });
+            mesh.switches[0].handle_worker(mesh.now, WorkerEvent::Lost { port: PortSlot(0), id: port });
             // Not what came to its place meanwhile.
-            mesh.switches[0].handle_worker(WorkerEvent::Lost { port: PortSlot(1), id: port });
+            mesh.switches[0].handle_worker(mesh.now, WorkerEvent::Lost { port: PortSlot(1), id: port });
         }
         mesh.settle();
 
@@ -562,7 +619,7 @@ fn a_peer_that_does_not_know_how_to_forget_is_not_told() {
     let mut mesh = Mesh::new(1);
     let port = mesh.port(1, "a", None);
     for (number, link, features) in [(2, LinkId(2), 0), (3, LinkId(3), feature::FORGET)] {
-        mesh.switches[0].handle_connected(link, name(number), "d1".parse().unwrap(), address(number), false);
+        mesh.switches[0].handle_connected(link, (name(number), "d1".parse().unwrap()), address(number), false, drawn(link.0));
         let hello = Hello { features, networks: vec![vni(5)], ..hello(number) };
         mesh.switches[0].handle_message(mesh.now, link, Message::Hello(hello)).unwrap();
     }
@@ -576,4 +633,12 @@ fn a_peer_that_does_not_know_how_to_forget_is_not_told() {
         _ => None,
     });
     assert_eq!(told.collect::<Vec<_>>(), [(LinkId(3), vec![(0, MAC)])]);
+}
+
+#[test]
+fn an_idle_switch_is_not_told_the_time() {
+    let mut mesh = Mesh::new(3);
+    mesh.port(1, "a", None);
+    mesh.run(Duration::from_secs(10));
+    assert_eq!(mesh.looks(Duration::from_secs(600)), 0);
 }

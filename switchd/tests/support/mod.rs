@@ -17,10 +17,14 @@ use switchd::counters::Counters;
 use switchd::fdb::Fdb;
 use switchd::io::dataplane::{DataPlane, QuicDatagram};
 use switchd::io::nft::Keeping;
+use switchd::seal::cipher::{Choice, Library};
+use switchd::seal::schedule::{SECRET_LEN, Secret};
+use switchd::seal::session::{Keys, Protection, Session};
 use switchd::switch::{Expecting, Nic};
 use switchd::tables::{Forwarding, Gate, Network, Peer, PeerSlot, Port, PortSlot, SourceRule, WorkerEvent};
 use tokio::sync::mpsc;
 use violin_common::api::switch::{PortConditionSeen, PortKind};
+use violin_common::control::mesh::Aead;
 use violin_common::{PortId, Vni};
 
 pub const MTU: u16 = 1400;
@@ -58,6 +62,16 @@ pub fn until(what: &str, mut yes: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "waited three minutes: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// A session of two hosts that need no handshake: each end's index is enough.
+pub fn sealed(ours: u32, theirs: u32) -> Arc<Session> {
+    let mut secret = [0; SECRET_LEN];
+    secret[..4].copy_from_slice(&ours.min(theirs).to_be_bytes());
+    secret[4..8].copy_from_slice(&ours.max(theirs).to_be_bytes());
+    let choice = Choice { aead: Aead::Aes256Gcm, library: Library::Ring };
+    let keys = Keys::new(&Secret::new(secret), ours < theirs, (1, 1), choice);
+    Arc::new(Session { index: ours, receiver: theirs, protection: Protection::Sealed(keys) })
 }
 
 /// A network namespace, deleted with the value.
@@ -184,13 +198,14 @@ impl Host {
 
     /// Makes `other` a peer that carries `vnis`; indices are our slot numbers plus a host's own thousand.
     pub fn peer(&self, slot: u16, other: SocketAddr, ours: u32, theirs: u32, vnis: &[Vni]) {
+        let session = sealed(ours, theirs);
         self.change(|tables| {
             let slot = PeerSlot(slot);
             let peer = Peer {
                 host: format!("h{}", slot.0).parse().unwrap(),
                 address: other,
                 ours: None,
-                receiver: theirs,
+                session: Arc::clone(&session),
                 max_datagram: 1472,
                 networks: HashSet::from_iter(vnis.iter().copied()),
                 traffic: Arc::default(),
@@ -199,7 +214,7 @@ impl Host {
                 tables.peers.resize(usize::from(slot.0) + 1, None);
             }
             tables.peers[usize::from(slot.0)] = Some(peer);
-            tables.by_receiver.insert(ours, slot);
+            tables.by_receiver.insert(ours, (slot, session));
             for vni in vnis {
                 if let Some(network) = tables.networks.get_mut(vni) {
                     network.peers.push(slot);

@@ -52,6 +52,8 @@ pub struct Site {
     pub joins: BTreeMap<usize, Vec<String>>,
     /// Hosts that have name and certificate of another one.
     pub copies: BTreeMap<usize, usize>,
+    /// Further keys of a host's own.
+    pub extras: BTreeMap<usize, String>,
 }
 
 impl Site {
@@ -64,9 +66,9 @@ impl Site {
         let underlay = Namespace::new("underlay");
         underlay.run("ip link add bridge0 type bridge && ip link set bridge0 up");
         let (hosts, guests, daemons) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let (listens, joins, copies) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let mut site =
-            Self { directory, _underlay: underlay, hosts, guests, daemons, wildcards: BTreeSet::new(), listens, joins, copies };
+        let (listens, joins, copies, extras) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let wildcards = BTreeSet::new();
+        let mut site = Self { directory, _underlay: underlay, hosts, guests, daemons, wildcards, listens, joins, copies, extras };
         for number in 1..=count {
             let ns = Namespace::new(&format!("h{number}"));
             let bridge = &site._underlay.0;
@@ -117,10 +119,11 @@ impl Site {
         let listen = self.listens.get(&number).cloned().unwrap_or(listen);
         let name = host(self.copies.get(&number).copied().unwrap_or(number));
         let text = format!(
-            "host = \"{name}\"\ndomain = \"d1\"\nlisten = \"{listen}:7471\"\njoin = [{}]\nsocket = \"{}\"\n\
+            "host = \"{name}\"\ndomain = \"d1\"\nlisten = \"{listen}:7471\"\njoin = [{}]\nsocket = \"{}\"\n{}\
              [tls]\nca = \"{pki}/ca.pem\"\ncert = \"{pki}/{name}.pem\"\nkey = \"{pki}/{name}.key\"\n{extra}",
             join.join(", "),
             self.socket(number).display(),
+            self.extras.get(&number).map_or("", String::as_str),
             pki = pki.display(),
         );
         let path = directory.join(format!("h{number}.toml"));

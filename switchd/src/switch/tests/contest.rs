@@ -14,7 +14,7 @@ fn stage() -> (Mesh, LinkId, Hello) {
 
 fn comes(mesh: &mut Mesh, link: LinkId, from: usize, hello: &Hello) -> Result<(), String> {
     let switch = &mut mesh.switches[1];
-    switch.handle_connected(link, name(1), "d1".parse().unwrap(), address(from), false);
+    switch.handle_connected(link, (name(1), "d1".parse().unwrap()), address(from), false, drawn(link.0));
     switch.handle_message(mesh.now, link, Message::Hello(hello.clone()))
 }
 
@@ -94,7 +94,7 @@ fn another_switch_with_our_own_name_is_refused_and_shown() {
     let (mut mesh, _, hello) = stage();
     let namesake = Hello { host: name(2), ..hello };
     let switch = &mut mesh.switches[1];
-    switch.handle_connected(NEWCOMER, name(2), "d1".parse().unwrap(), address(9), false);
+    switch.handle_connected(NEWCOMER, (name(2), "d1".parse().unwrap()), address(9), false, drawn(NEWCOMER.0));
     let refused = switch.handle_message(mesh.now, NEWCOMER, Message::Hello(namesake));
 
     assert!(refused.is_err_and(|why| why.contains("two switches are called h2")));

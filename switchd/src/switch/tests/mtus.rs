@@ -67,7 +67,7 @@ fn of_many_that_differ_some_are_named() {
 #[test]
 fn a_peer_tells_only_of_networks_it_carries_and_an_older_one_is_told_nothing() {
     let mut mesh = Mesh::new(1);
-    mesh.switches[0].handle_connected(LinkId(2), name(2), "d1".parse().unwrap(), address(2), false);
+    mesh.switches[0].handle_connected(LinkId(2), (name(2), "d1".parse().unwrap()), address(2), false, drawn(2));
     mesh.switches[0].handle_message(mesh.now, LinkId(2), Message::Hello(hello(2))).unwrap();
     mesh.switches[0].handle_message(mesh.now, LinkId(2), Message::Mtus(vec![(vni(5), 9000)])).unwrap();
 
