@@ -8,7 +8,7 @@ SEED ?=
 CARGO ?= cargo
 DEMO = target/release/violin-demo --guests $(GUESTS) $(if $(SEED),--seed $(SEED),)
 
-.PHONY: help demo demo-falsify test check build image setup setup-sandbox bench-smoke clean
+.PHONY: help demo demo-falsify test check build image setup setup-sandbox bench-smoke bench-fabric clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,11 @@ bench-smoke: ## bulk TCP over the fabric as a ratio to raw veth, JSON
 	@scripts/setup sandbox
 	@$(CARGO) build --release -p violin-benches -p switchd
 	@target/release/bench-smoke
+
+bench-fabric: ## the fabric against kernel VXLAN and rivals: table, target/bench/fabric.json and .svg; QUICK=1: 8 minutes
+	@scripts/setup bench
+	@$(CARGO) build --release -p violin-benches -p switchd
+	@VIOLIN_BIN=target/release target/release/bench-fabric --out target/bench
 
 clean: ## remove what was built
 	$(CARGO) clean
