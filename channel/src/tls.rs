@@ -298,7 +298,9 @@ impl Timing {
         // One stream is mostly all there is: it may fill the connection's window.
         transport.receive_window(window).stream_receive_window(window).datagram_receive_buffer_size(None);
         transport.max_concurrent_bidi_streams(streams.into()).max_concurrent_uni_streams(MESH_STREAMS.into());
-        transport.keep_alive_interval(calls.then_some(self.keep_alive)).max_idle_timeout(Some(quinn::VarInt::from_u32(idle_ms).into()));
+        transport
+            .keep_alive_interval(calls.then_some(self.keep_alive))
+            .max_idle_timeout(Some(quinn::VarInt::from_u32(idle_ms).into()));
         Arc::new(transport)
     }
 }
