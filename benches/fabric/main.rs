@@ -1,6 +1,7 @@
 //! The fabric against the kernel's own overlay, the bare wire and its rivals, in one run, interleaved.
 //!
-//! `bench-fabric [--out FOLDER] [--only NAME,NAME] [--wires WIRE,WIRE] [--rounds N] [--seconds S]`; `QUICK=1` measures the wire, the
+//! `bench-fabric [--out FOLDER] [--only NAME,NAME] [--wires WIRE,WIRE] [--rounds N] [--seconds S] [--no-extras]
+//! [--no-goodput]`; `QUICK=1` measures the wire, the
 //! kernel and both of ours. Progress goes to standard error, the table to standard output, `fabric.json` and `fabric.svg` to the folder.
 //! The machine is shared and noisy: only ratios of one run mean something.
 
@@ -26,7 +27,10 @@ struct Options {
     wires: Vec<WireKind>,
     rounds: usize,
     seconds: f64,
+    /// What concerns our switch alone.
     extras: bool,
+    /// Of that, the lossy path, which takes longest.
+    goodput: bool,
 }
 
 impl Options {
@@ -35,11 +39,15 @@ impl Options {
         let contenders = if quick { Contender::QUICK.to_vec() } else { Contender::ALL.to_vec() };
         let (rounds, seconds) = if quick { (3, 1.0) } else { (5, 1.0) };
         let (out, wires) = (PathBuf::from("target/bench"), WireKind::ALL.to_vec());
-        let mut options = Self { out, contenders, wires, rounds, seconds, extras: true };
+        let mut options = Self { out, contenders, wires, rounds, seconds, extras: true, goodput: true };
         let mut arguments = std::env::args().skip(1);
         while let Some(argument) = arguments.next() {
-            if argument == "--no-extras" {
-                options.extras = false;
+            match argument.as_str() {
+                "--no-extras" => options.extras = false,
+                "--no-goodput" => options.goodput = false,
+                _ => {}
+            }
+            if argument.starts_with("--no-") {
                 continue;
             }
             let value = arguments.next().ok_or_else(|| format!("got {argument} without a value"))?;
@@ -49,7 +57,11 @@ impl Options {
                 "--seconds" => options.seconds = value.parse().map_err(|_| format!("got --seconds {value}, want a number"))?,
                 "--only" => options.contenders = chosen(&value, &Contender::ALL, Contender::name)?,
                 "--wires" => options.wires = chosen(&value, &WireKind::ALL, WireKind::name)?,
-                _ => return Err(format!("got {argument}, want --out, --only, --wires, --rounds, --seconds or --no-extras")),
+                _ => {
+                    return Err(format!(
+                        "got {argument}, want --out, --only, --wires, --rounds, --seconds, --no-extras or --no-goodput"
+                    ));
+                }
             }
         }
         Ok(options)

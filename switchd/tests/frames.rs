@@ -40,7 +40,7 @@ impl Station {
 
     /// What has come since, tags put back.
     fn heard(&mut self) -> Vec<Vec<u8>> {
-        if self.batch.receive(self.socket.as_fd(), false).is_err() {
+        if self.batch.receive(self.socket.as_fd(), false, 64).is_err() {
             return Vec::new();
         }
         let restore = |(received, bytes): (&sys::Received, &[u8])| {

@@ -87,7 +87,7 @@ impl Raw {
     fn wait_for(&mut self, what: &str, wanted: impl Fn(&[u8]) -> bool) -> (Offload, Vec<u8>) {
         let mut found = None;
         until(what, || {
-            if self.batch.receive(self.socket.as_fd(), true).is_ok() {
+            if self.batch.receive(self.socket.as_fd(), true, 64).is_ok() {
                 let heard: Vec<_> = self.batch.slots_mut().map(|(got, vnet, slot)| (*vnet, slot[..got.len].to_vec())).collect();
                 found = heard.into_iter().find(|(_, frame)| wanted(frame));
             }

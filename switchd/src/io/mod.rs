@@ -7,6 +7,7 @@ pub mod link;
 pub mod needs;
 pub mod netlink;
 pub mod nft;
+mod outqueue;
 mod ports;
 mod pump;
 pub mod sys;

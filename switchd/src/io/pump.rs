@@ -4,9 +4,10 @@ use crate::counters::Counters;
 use crate::drops::DropReason;
 use crate::inbound::Arrival;
 use crate::io::dataplane::QuicDatagram;
+use crate::io::outqueue::{FRAMES, OutQueue, SMALL};
 use crate::io::ports::Look;
 use crate::io::sys::{self, Batch, Received, VECTOR, now};
-use crate::io::udp::Mesh;
+use crate::io::udp::{Mesh, READS};
 use crate::port::{HEADROOM, MAX_FRAME, PortIo, ReadError, WriteError};
 use crate::slice::Arena;
 use crate::spin::Spin;
@@ -31,6 +32,11 @@ use violin_common::{Instant, PortId};
 const WAITING_FRAMES: usize = 512;
 /// Bytes that may.
 const WAITING_BYTES: usize = 4 << 20;
+/// Vectors of datagrams read in one go at most, and bytes.
+const DRAINS: usize = 8;
+const DRAINED: usize = 512 << 10;
+/// Frames of a port that are written in between.
+const FEW: usize = 32;
 /// How long they are worth delivering.
 const WORTH: Duration = Duration::from_secs(10);
 /// Time between two looks at the clock's work while something waits for it.
@@ -80,6 +86,10 @@ struct Ways {
     mesh: Mesh,
     ports: HashMap<PortSlot, (PortId, Box<dyn PortIo>)>,
     waiting: HashMap<PortSlot, Waiting>,
+    /// What is written at the end of each vector.
+    out: HashMap<PortSlot, OutQueue>,
+    /// Places with something in there.
+    filled: Vec<PortSlot>,
     events: Sender<WorkerEvent>,
     counters: Arc<Counters>,
     lost: mpsc::Sender<Look>,
@@ -100,6 +110,8 @@ pub(crate) struct Pump {
     spin: Spin,
     /// Taken from ports and the mesh port since the last wait.
     bytes: usize,
+    /// Datagrams in one message of the mesh port, as of late.
+    together: usize,
     ticked: Instant,
     /// When ports were last asked whether they have gone.
     asked: Instant,
@@ -114,6 +126,8 @@ impl Pump {
             mesh,
             ports: HashMap::new(),
             waiting: HashMap::new(),
+            out: HashMap::new(),
+            filled: Vec::new(),
             events: outside.events,
             counters: outside.counters,
             lost: outside.lost,
@@ -131,6 +145,7 @@ impl Pump {
             datagrams: Mesh::batch(),
             spin: Spin::new(now()),
             bytes: 0,
+            together: 1,
             ticked: now(),
             asked: now(),
         })
@@ -173,6 +188,7 @@ impl Pump {
                     MESH => self.read_mesh(&tables),
                     port => self.read_port(&tables, PortSlot(u16::try_from(port - PORTS).unwrap_or(u16::MAX))),
                 }
+                self.ways.write_out(FRAMES);
             }
             self.keep_up();
             if count > 0 {
@@ -191,6 +207,9 @@ impl Pump {
         let (now, tables) = (now(), self.outside_tables.load_full());
         if self.seen_tables.as_ref().is_none_or(|seen| !Arc::ptr_eq(seen, &tables)) {
             self.worker.tables_changed(now, &tables, &mut self.ways);
+            self.ways.write_out(FRAMES);
+            let known = |slot: &PortSlot| tables.ports.get(usize::from(slot.0)).is_some_and(Option::is_some);
+            self.ways.out.retain(|slot, _| known(slot));
             self.seen_tables = Some(tables.clone());
         }
         if now.since(self.ticked) < TICK {
@@ -284,11 +303,27 @@ impl Pump {
         self.worker.outbound(now(), tables, slot, &mut frames, &mut self.ways);
     }
 
+    /// Reads the mesh port until it is empty, within bounds: what waits there waits for everybody, while what is read waits for its
+    /// own port only. Those for whom there is little get it in between.
     fn read_mesh(&mut self, tables: &Forwarding) {
-        if self.ways.mesh.receive(&mut self.datagrams) == 0 {
-            return;
+        let before = self.bytes;
+        for _ in 0..DRAINS {
+            if !self.read_mesh_once(tables) || self.bytes - before > DRAINED {
+                return;
+            }
+            self.ways.write_out(FEW);
         }
-        let now = now();
+    }
+
+    /// Takes one vector of datagrams; whether there may be more.
+    fn read_mesh_once(&mut self, tables: &Forwarding) -> bool {
+        // Of datagrams that were put together fewer at once: others wait meanwhile.
+        let limit = (FRAMES / self.together.max(1)).clamp(4, READS);
+        let messages = self.ways.mesh.receive(&mut self.datagrams, limit);
+        if messages == 0 {
+            return false;
+        }
+        let (now, mut all) = (now(), 0);
         let mut merging = Default::default();
         for (received, bytes) in self.datagrams.messages_mut() {
             self.bytes += bytes.len();
@@ -298,6 +333,7 @@ impl Pump {
             };
             let arrival = Arrival { from, interface: received.interface };
             for datagram in bytes.chunks_mut(received.segment.unwrap_or(bytes.len()).max(1)) {
+                all += 1;
                 if mesh::is_quic(datagram[0]) {
                     let datagram = QuicDatagram { from, to: received.to, bytes: Bytes::copy_from_slice(datagram) };
                     if self.quic.try_send(datagram).is_err() {
@@ -309,6 +345,8 @@ impl Pump {
             }
         }
         self.worker.inbound_end(now, tables, merging, &mut self.ways);
+        self.together = all / messages;
+        messages == limit
     }
 }
 
@@ -335,6 +373,37 @@ impl Ways {
         }
     }
 
+    /// Writes what was put together for ports that have at most so many frames, to those first for whom there is least: one that
+    /// is sent more than others does not hold them up.
+    fn write_out(&mut self, most: usize) {
+        if self.filled.is_empty() {
+            return;
+        }
+        let mut filled = std::mem::take(&mut self.filled);
+        let len = |ways: &Self, slot: &PortSlot| ways.out.get(slot).map_or(0, OutQueue::len);
+        filled.sort_unstable_by_key(|slot| len(self, slot));
+        filled.retain(|slot| {
+            let now = len(self, slot) <= most;
+            if now {
+                self.write_port(*slot);
+            }
+            !now
+        });
+        self.filled = filled;
+    }
+
+    fn write_port(&mut self, slot: PortSlot) {
+        let Some(queue) = self.out.get_mut(&slot).filter(|queue| queue.len() > 0) else { return };
+        let Some((_, io)) = self.ports.get_mut(&slot).filter(|(id, _)| *id == queue.id()) else { return };
+        let (now, drops) = (now(), &self.counters.drops);
+        let left = queue.write(now, io.as_mut(), |reason| drops.count(reason));
+        if !left.is_empty() {
+            let id = queue.id();
+            self.lose(slot);
+            left.into_iter().for_each(|(offload, frame)| self.park(now, (slot, id), offload, frame));
+        }
+    }
+
     fn wait(
         &mut self,
         now: Instant,
@@ -346,21 +415,25 @@ impl Ways {
         if port.gate == Gate::Closed {
             return Err(DropReason::NotAttached);
         }
-        let len: usize = parts.iter().map(|part| part.len()).sum();
-        let waiting = self.waiting.entry(slot).or_insert_with(|| Waiting { id: port.id, bytes: 0, frames: VecDeque::new() });
-        if waiting.id != port.id {
+        self.park(now, (slot, port.id), *offload, parts.concat());
+        Ok(Delivered::Waiting)
+    }
+
+    /// Keeps a frame until its port's interface is there.
+    fn park(&mut self, now: Instant, (slot, id): (PortSlot, PortId), offload: Offload, frame: Vec<u8>) {
+        let waiting = self.waiting.entry(slot).or_insert_with(|| Waiting { id, bytes: 0, frames: VecDeque::new() });
+        if waiting.id != id {
             self.counters.drops.add(DropReason::NotAttached, waiting.frames.len() as u64);
-            *waiting = Waiting { id: port.id, bytes: 0, frames: VecDeque::new() };
+            *waiting = Waiting { id, bytes: 0, frames: VecDeque::new() };
         }
-        waiting.bytes += len;
-        waiting.frames.push_back((now, *offload, parts.concat()));
+        waiting.bytes += frame.len();
+        waiting.frames.push_back((now, offload, frame));
         // The oldest goes first: it is the likeliest to have been sent again.
         while waiting.frames.len() > WAITING_FRAMES || waiting.bytes > WAITING_BYTES {
             let Some((_, _, frame)) = waiting.frames.pop_front() else { break };
             waiting.bytes -= frame.len();
             self.counters.drops.count(DropReason::NotAttached);
         }
-        Ok(Delivered::Waiting)
     }
 
     /// Gives a port that is there now what has waited for it.
@@ -401,6 +474,21 @@ impl Egress for Ways {
         offload: &Offload,
         parts: &[&[u8]],
     ) -> Result<Delivered, DropReason> {
+        let Some((_, io)) = self.ports.get_mut(&slot).filter(|(id, _)| *id == port.id) else {
+            return self.wait(now, slot, port, offload, parts);
+        };
+        if io.batches() && !offload.is_super() && parts.iter().map(|part| part.len()).sum::<usize>() <= SMALL {
+            let queue = self.out.entry(slot).or_insert_with(|| OutQueue::new(port.id, &port.traffic));
+            if queue.id() != port.id {
+                *queue = OutQueue::new(port.id, &port.traffic);
+            }
+            if queue.len() == 0 {
+                self.filled.push(slot);
+            }
+            return queue.push(offload, parts).map(|()| Delivered::Waiting);
+        }
+        // In the order they came.
+        self.write_port(slot);
         let Some((_, io)) = self.ports.get_mut(&slot).filter(|(id, _)| *id == port.id) else {
             return self.wait(now, slot, port, offload, parts);
         };

@@ -109,11 +109,11 @@ impl Batch {
             .map(move |(received, slot)| (received, &mut slot[headroom..headroom + received.len]))
     }
 
-    /// Receives as many messages as there are, at most [`Self::capacity`], without waiting. With `vnet` each begins with a
+    /// Receives as many messages as there are, at most `limit` and [`Self::capacity`], without waiting. With `vnet` each begins with a
     /// `virtio_net_hdr`, which goes to [`Self::vnet`].
-    pub fn receive(&mut self, socket: BorrowedFd<'_>, vnet: bool) -> io::Result<usize> {
+    pub fn receive(&mut self, socket: BorrowedFd<'_>, vnet: bool, limit: usize) -> io::Result<usize> {
         self.received.clear();
-        let count = self.capacity();
+        let count = self.capacity().min(limit);
         // SAFETY: all of these are plain C structs for which zero is a value.
         let mut headers: [libc::mmsghdr; VECTOR] = unsafe { zeroed() };
         // SAFETY: as above.
@@ -157,6 +157,24 @@ impl Batch {
         }
         Ok(got as usize)
     }
+}
+
+/// Sends pieces of `bytes` (start, end), one message each, at most [`VECTOR`], without waiting. Returns how many were taken; the
+/// error of the first, if that was refused.
+pub fn send_pieces(socket: BorrowedFd<'_>, bytes: &[u8], pieces: &[(usize, usize)]) -> io::Result<usize> {
+    // SAFETY: both are plain C structs for which zero is a value.
+    let (mut headers, mut iovecs): ([libc::mmsghdr; VECTOR], [libc::iovec; VECTOR]) = unsafe { (zeroed(), zeroed()) };
+    let count = pieces.len().min(VECTOR);
+    for (index, &(start, end)) in pieces.iter().take(count).enumerate() {
+        let piece = bytes.get(start..end).unwrap_or_default();
+        // The kernel only reads from it.
+        iovecs[index] = libc::iovec { iov_base: piece.as_ptr().cast_mut().cast(), iov_len: piece.len() };
+        headers[index].msg_hdr.msg_iov = &raw mut iovecs[index];
+        headers[index].msg_hdr.msg_iovlen = 1;
+    }
+    // SAFETY: every header points to an entry of `iovecs` and that into `bytes`; both live until the call has returned.
+    let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), headers.as_mut_ptr(), count as u32, libc::MSG_DONTWAIT) };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(sent as usize) }
 }
 
 fn controls_of(header: &libc::msghdr, received: &mut Received) {

@@ -22,7 +22,7 @@ const SEND_BUFFER: libc::c_int = 1 << 20;
 /// guest that sends faster than the underlay takes keep us from our peers' word until all of them seem lost.
 const PATIENCE: Duration = Duration::from_millis(10);
 /// Datagrams taken by one call, each coalesced or single: where nobody coalesces, as many as a super-frame has slices.
-const READS: usize = 64;
+pub const READS: usize = 64;
 
 /// The UDP socket all switches of the mesh speak through.
 #[derive(Debug)]
@@ -161,9 +161,9 @@ impl Mesh {
         Batch::new(READS, 65_536, 0)
     }
 
-    /// Takes what is there; 0: nothing.
-    pub fn receive(&self, batch: &mut Batch) -> usize {
-        match batch.receive(self.socket.as_fd(), false) {
+    /// Takes what is there, at most `limit`; 0: nothing.
+    pub fn receive(&self, batch: &mut Batch, limit: usize) -> usize {
+        match batch.receive(self.socket.as_fd(), false, limit) {
             Ok(count) => count,
             Err(error) => {
                 // ICMP errors of datagrams sent earlier end up here; the control side notices a dead peer by itself.
@@ -300,7 +300,7 @@ mod tests {
             theirs.send_to(b"?", place).unwrap();
             let mut batch = Mesh::batch();
             poll(&mut [PollFd::new(ours.as_fd(), PollFlags::POLLIN)], PollTimeout::from(5000u16)).unwrap();
-            batch.receive(ours.as_fd(), false).unwrap();
+            batch.receive(ours.as_fd(), false, 1).unwrap();
             let received = batch.received[0];
             assert_eq!(received.to, Some(place.ip()), "{any}");
 

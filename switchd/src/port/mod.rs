@@ -118,6 +118,17 @@ pub trait PortIo: Send + fmt::Debug {
     /// Writes one frame given in parts.
     fn write(&mut self, offload: &Offload, parts: &[&[u8]]) -> Result<(), WriteError>;
 
+    /// Whether [`Self::write_many`] costs less than one by one.
+    fn batches(&self) -> bool {
+        false
+    }
+
+    /// Writes frames that lie in `bytes` (start, end), each behind its `virtio_net_hdr`, from the first on. Returns how many were
+    /// taken, at least one. Errors: the first was refused.
+    fn write_many(&mut self, bytes: &[u8], frames: &[(usize, usize)]) -> Result<usize, WriteError> {
+        write_first(self, bytes, frames)
+    }
+
     /// Frames lost between interface and us since the last call.
     fn losses(&mut self) -> u64 {
         0
@@ -132,6 +143,15 @@ pub trait PortIo: Send + fmt::Debug {
     fn path_mtu(&self) -> Option<u16> {
         None
     }
+}
+
+/// The first of many frames, as any other.
+fn write_first<P: PortIo + ?Sized>(port: &mut P, bytes: &[u8], frames: &[(usize, usize)]) -> Result<usize, WriteError> {
+    let refused = WriteError::Refused(DropReason::PortError);
+    let &(start, end) = frames.first().ok_or(refused)?;
+    let (header, frame) = bytes.get(start..end).and_then(<[u8]>::split_first_chunk).ok_or(refused)?;
+    let offload = Offload::parse(header).map_err(|_| refused)?;
+    port.write(&offload, &[frame]).map(|()| 1)
 }
 
 /// Opens what a port is attached to, guard first.

@@ -87,7 +87,7 @@ impl PortIo for Packet {
     }
 
     fn read(&mut self, batch: &mut sys::Batch) -> Result<(), ReadError> {
-        match batch.receive(self.socket.as_fd(), true) {
+        match batch.receive(self.socket.as_fd(), true, sys::VECTOR) {
             Ok(0) => Err(ReadError::Empty),
             Ok(_) => Ok(()),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => Err(ReadError::Empty),
@@ -111,6 +111,18 @@ impl PortIo for Packet {
                 writev(&self.socket, &slices).map(|_| ()).map_err(write_error)
             }
             Err(error) => Err(error),
+        }
+    }
+
+    fn batches(&self) -> bool {
+        true
+    }
+
+    fn write_many(&mut self, bytes: &[u8], frames: &[(usize, usize)]) -> Result<usize, WriteError> {
+        match sys::send_pieces(self.socket.as_fd(), bytes, frames) {
+            Ok(sent) => Ok(sent),
+            // Alone it is told what is wrong, and whether that can be mended.
+            Err(_) => super::write_first(self, bytes, frames),
         }
     }
 

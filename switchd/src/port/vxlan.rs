@@ -83,7 +83,7 @@ impl PortIo for Vxlan {
     }
 
     fn read(&mut self, batch: &mut Batch) -> Result<(), ReadError> {
-        match batch.receive(self.socket.as_fd(), false) {
+        match batch.receive(self.socket.as_fd(), false, sys::VECTOR) {
             Ok(count) if count > 0 => (),
             _ => return Err(ReadError::Empty),
         }
