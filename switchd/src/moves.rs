@@ -129,6 +129,8 @@ struct Entry {
     claiming: Option<Epoch>,
     /// Best known owner elsewhere.
     owner: Option<(Epoch, HostId)>,
+    /// That one has started anew since, and may have lost it: whoever else claims it is believed.
+    doubted: bool,
     /// When what is known of a MAC without port may be forgotten.
     expires: Option<Instant>,
     /// Why the last grant came to nothing.
@@ -153,6 +155,7 @@ impl Entry {
             stopped: false,
             claiming: None,
             owner: None,
+            doubted: false,
             expires: None,
             refusal: None,
             entered: BTreeMap::new(),
@@ -177,6 +180,14 @@ impl Entry {
     /// The VM runs behind our port: the hypervisor says so, or whoever put the port back.
     const fn runs(&self) -> bool {
         self.running.is_some() || self.claiming.is_some()
+    }
+
+    /// When the destination was last told of a grant that it may not know, or not know any more: one that has owned the MAC and
+    /// started anew before we heard of it claims less than it was granted, until it is told again.
+    fn untold(&self) -> Option<Instant> {
+        let given = self.given.as_ref().filter(|given| !given.released)?;
+        let open = !given.taken || given.lost || given.aborting || self.state == MoveState::Fenced;
+        open.then_some(given.told)
     }
 
     const fn owns(&self) -> bool {

@@ -1,6 +1,6 @@
 //! What every switch hears of MACs that others own, and what it says to who thinks otherwise.
 
-use super::{Effect, HEARD_MOVES, Key, Moves, PATIENCE, TOMBSTONE, at};
+use super::{Effect, Given, HEARD_MOVES, Key, Moves, PATIENCE, REPEAT, TOMBSTONE, at};
 use violin_common::api::switch::MoveState;
 use violin_common::control::mesh::{Message, OwnedAt, Step};
 use violin_common::{Epoch, HostId, Instant, Vni};
@@ -37,8 +37,10 @@ impl Moves {
         let me = self.host.clone();
         let Some(entry) = self.entries.get_mut(&key) else { return };
         // Somebody owned it later: the speaker has not heard of it, or has started anew and forgotten.
+        let doubted = std::mem::take(&mut entry.doubted);
         if let Some((known, host)) = entry.owner.clone()
             && (known > epoch || known == epoch && host < *from)
+            && !(doubted && host != *from)
         {
             self.send(from, Message::Moved { owned: at(key, known), host });
             return;
@@ -47,6 +49,22 @@ impl Moves {
             MoveState::Owned | MoveState::Granted | MoveState::Fenced => Some(entry.own),
             _ => None,
         };
+        let grantee = |given: &Given| given.to == *from && given.epoch > epoch && !given.aborting && !given.released;
+        if entry.state == MoveState::Fenced && entry.given.as_ref().is_some_and(grantee) && ours >= Some(epoch) {
+            // It started anew after the VM had arrived, and claims less than it was granted: it is told again.
+            if entry.given.as_ref().is_some_and(|given| now.since(given.told) >= REPEAT) {
+                self.tell_given(now, key);
+            }
+            return;
+        }
+        let fenced = entry.state == MoveState::Fenced && entry.running.is_none();
+        if let Some(given) = entry.given.as_ref().filter(|given| fenced && given.to != *from)
+            && ours >= Some(epoch)
+        {
+            // The VM does not run here, and there it does: the destination of our grant has died with it. The claim is to be newer.
+            let known = at(key, given.epoch.max(entry.own));
+            return self.send(from, Message::Moved { owned: known, host: from.clone() });
+        }
         if let Some(own) = ours {
             // Two claims of the same epoch: the lower name keeps it, at both ends.
             if own > epoch || own == epoch && me < *from {
@@ -128,6 +146,13 @@ impl Moves {
         if entry.state == MoveState::Owned && !entry.stopped && epoch >= entry.own && epoch.moves <= HEARD_MOVES {
             entry.own = epoch.after(1);
             self.announce(key, None);
+        }
+    }
+
+    /// A peer has started anew: what it owned it may own again when its ports are back, or never.
+    pub fn peer_restarted(&mut self, peer: &HostId) {
+        for entry in self.entries.values_mut() {
+            entry.doubted |= entry.owner.as_ref().is_some_and(|(_, host)| host == peer);
         }
     }
 

@@ -1,6 +1,6 @@
 //! What happens on this host: the hypervisor stops and runs VMs, an operator aborts, peers come, time passes.
 
-use super::{Entry, GRANT_EXPIRY, Given, Key, Moves, PATIENCE, REPEAT};
+use super::{Entry, GRANT_EXPIRY, Key, Moves, PATIENCE, REPEAT};
 use violin_common::api::switch::MoveState;
 use violin_common::control::mesh::Step;
 use violin_common::{HostId, Instant};
@@ -89,8 +89,7 @@ impl Moves {
         let of = |entry: &Entry| {
             let expires = entry.expires;
             let repeats = |told: Instant| told + REPEAT;
-            let unanswered = |given: &&Given| (!given.taken || given.lost || given.aborting) && !given.released;
-            let given = entry.given.as_ref().filter(unanswered).map(|given| repeats(given.told));
+            let given = entry.untold().map(repeats);
             let got = entry.got.as_ref().map(|got| match entry.running {
                 Some(_) => repeats(got.told),
                 None => got.since + GRANT_EXPIRY,

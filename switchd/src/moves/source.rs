@@ -161,6 +161,8 @@ impl Moves {
             MoveState::Granted => {
                 (entry.given, entry.running) = (None, None);
                 entry.enter(now, MoveState::Owned);
+                // Whoever thinks otherwise had no answer meanwhile.
+                self.announce(key, None);
             }
             _ => {}
         }
@@ -192,10 +194,7 @@ impl Moves {
         if self.is_deserted(now, entry, connected) {
             return self.take_back(now, key);
         }
-        let unanswered = entry.given.as_ref().is_some_and(|given| {
-            (!given.taken || given.lost || given.aborting) && !given.released && now.since(given.told) >= REPEAT
-        });
-        if unanswered {
+        if entry.untold().is_some_and(|told| now.since(told) >= REPEAT) {
             self.tell_given(now, key);
         }
     }

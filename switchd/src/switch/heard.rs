@@ -111,6 +111,9 @@ impl Switch {
                 } else {
                     tracing::info!(peer = %host, same_boot, "peer connected");
                 }
+                if !same_boot {
+                    self.moves.peer_restarted(&host);
+                }
                 self.dirty = true;
                 self.begin_session(now, id);
             }
