@@ -3,7 +3,7 @@
 use crate::shell::{self, Held};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -11,7 +11,6 @@ use violin_common::MacAddr;
 use violin_common::wire::ethernet::{self, ethertype};
 use violin_common::wire::mesh;
 use violin_lab::HostState;
-use violin_probe::frame::Probe;
 
 /// Bytes kept of each packet: outer headers, mesh headers, inner Ethernet header and a canary.
 const SNAP: &str = "160";
@@ -60,16 +59,12 @@ pub(crate) struct Capture {
 /// What a capture showed.
 #[derive(Debug, Clone, Default, Serialize)]
 pub(crate) struct Seen {
-    /// Mesh data datagrams (or bursts of them) read.
-    pub(crate) datagrams: u64,
-    /// Datagrams per VNI.
-    pub(crate) by_vni: BTreeMap<u32, u64>,
-    /// Canaries whose tag was not the VNI's.
-    pub(crate) canaries_in_wrong_network: u64,
-    /// Canaries seen.
-    pub(crate) canaries: u64,
-    /// Datagrams of networks that are none of the environments'.
-    pub(crate) in_other_networks: u64,
+    /// Datagrams of sealed data (or bursts of them) looked at.
+    pub(crate) sealed: u64,
+    /// Of these, what reads as a slice of an environment's network: not sealed, whatever it says.
+    pub(crate) readable: u64,
+    /// Datagrams of plain data.
+    pub(crate) plain: u64,
     /// Frames outside the mesh format: from or to a guest's MAC, or experimental ones.
     pub(crate) bare: u64,
     /// Of these from or to a guest's MAC, of whatever EtherType.
@@ -150,17 +145,15 @@ fn look(packet: &[u8], inside: &Inside, seen: &mut Seen) {
     let Some(ip) = packet.get(outer.payload..).filter(|ip| outer.ethertype == ethertype::IPV4 && ip.len() > 20) else { return };
     let header = usize::from(ip[0] & 0x0f) * 4;
     let Some(datagram) = ip.get(header + 8..) else { return };
-    if !mesh::Outer::parse(datagram).is_ok_and(|outer| outer.kind == mesh::Kind::Data) {
-        return;
-    }
-    let Ok(slice) = mesh::Slice::parse(&datagram[mesh::OUTER_LEN..]) else { return };
-    seen.datagrams += 1;
-    *seen.by_vni.entry(slice.vni.value()).or_default() += 1;
-    seen.in_other_networks += u64::from(!inside.vnis.contains(&slice.vni.value()));
-    let frame = datagram.get(mesh::OVERHEAD..).unwrap_or_default();
-    if let Some((_, Probe::Canary { tag, .. })) = violin_probe::frame::decode(frame) {
-        seen.canaries += 1;
-        seen.canaries_in_wrong_network += u64::from(tag != u64::from(slice.vni.value()));
+    let Ok(outer) = mesh::Outer::parse(datagram) else { return };
+    let slice = mesh::Slice::parse(&datagram[mesh::OUTER_LEN..]);
+    match outer.kind {
+        mesh::Kind::Data => {
+            seen.sealed += 1;
+            seen.readable += u64::from(slice.is_ok_and(|slice| inside.vnis.contains(&slice.vni.value())));
+        }
+        mesh::Kind::Plain => seen.plain += 1,
+        mesh::Kind::Probe => {}
     }
 }
 
@@ -168,6 +161,7 @@ fn look(packet: &[u8], inside: &Inside, seen: &mut Seen) {
 mod tests {
     use super::*;
     use violin_common::Vni;
+    use violin_probe::frame::Probe;
 
     const HOST: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
     const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x77, 0, 3];
@@ -216,15 +210,17 @@ mod tests {
     }
 
     #[test]
-    fn a_canary_and_a_network_that_do_not_belong_are_counted() {
-        let counts = |vni, tag| {
-            let seen = seen(&datagram(mesh::Kind::Data, vni, tag));
-            (seen.canaries, seen.canaries_in_wrong_network, seen.in_other_networks)
+    fn what_can_be_read_on_the_way_is_counted() {
+        let counts = |kind, vni, spoil: u8| {
+            let mut packet = datagram(kind, vni, 7);
+            packet[14 + 20 + 8 + mesh::OUTER_LEN..].iter_mut().for_each(|byte| *byte ^= spoil);
+            let seen = seen(&packet);
+            (seen.sealed, seen.readable, seen.plain)
         };
-        assert_eq!(counts(7001, 7001), (1, 0, 0));
-        assert_eq!(counts(7001, 7002), (1, 1, 0));
-        assert_eq!(counts(7002, 7002), (1, 0, 1));
-        assert_eq!(seen(&datagram(mesh::Kind::Probe, 7002, 7002)).datagrams, 0);
+        assert_eq!(counts(mesh::Kind::Data, 7001, 0xa5), (1, 0, 0));
+        assert_eq!(counts(mesh::Kind::Data, 7001, 0), (1, 1, 0));
+        assert_eq!(counts(mesh::Kind::Plain, 7001, 0), (0, 0, 1));
+        assert_eq!(counts(mesh::Kind::Probe, 7001, 0), (0, 0, 0));
     }
 
     #[test]

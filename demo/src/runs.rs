@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use violin_common::api::adapt::{AdaptRequest, MigrationSeen, Mode, VmListed};
+use violin_lab::HostState;
 
 /// Demand below which a VM counts as idle before a run.
 const IDLE: f64 = 0.3;
@@ -291,6 +292,9 @@ fn planted(stage: &Stage, before: &BTreeMap<String, Canaries>, evidence: &Path) 
             bail!("no bare frame could be sent: {}", String::from_utf8_lossy(&output.stderr).trim());
         }
     }
+    let other = stage.lab.hosts.iter().find(|other| other.host != host.host).context("there is one host only")?;
+    let vni = *stage.inside.vnis.first().context("there is no network")?;
+    plant_readable(host, &format!("/dev/udp/{}/{}", other.address, other.mesh_port), vni)?;
     // A flood reaches all; one of its copies may be lost, so that who has seen none yet is sent another.
     let mut seen: BTreeMap<String, u64> = BTreeMap::new();
     let counted = shell::wait_for("planted canaries to be counted by every compute node", Duration::from_secs(30), || {
@@ -313,6 +317,19 @@ fn planted(stage: &Stage, before: &BTreeMap<String, Canaries>, evidence: &Path) 
         shell::say(&format!("{error:#}"));
     }
     Ok((seen, capture.finish()?))
+}
+
+/// A datagram that calls itself sealed and is not: the beginning of a slice in a network, behind the outer header.
+fn plant_readable(host: &HostState, to: &str, vni: u32) -> Result<()> {
+    let [_, high, middle, low] = vni.to_be_bytes();
+    let bytes = format!("\\x21{}\\x{high:02x}\\x{middle:02x}\\x{low:02x}{}", "\\0".repeat(15), "\\0".repeat(77));
+    let mut bash = Command::new("nsenter");
+    bash.arg(format!("--net={}", host.netns_path())).args(["--", "bash", "-c", &format!("printf '{bytes}' > {to}")]);
+    let output = bash.output().context("cannot run nsenter")?;
+    if !output.status.success() {
+        bail!("no readable datagram could be sent: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
 }
 
 fn monotonic_ns() -> Result<u64> {
