@@ -82,7 +82,7 @@ impl Sessions {
         self.leaving.len() < before
     }
 
-    /// When [`Self::expire`] has something to do.
+    /// When the first of those on their way out ends.
     pub fn next(&self) -> Option<Instant> {
         self.leaving.iter().map(|(_, until)| *until).min()
     }

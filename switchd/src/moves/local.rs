@@ -21,7 +21,7 @@ impl Moves {
         Ok(())
     }
 
-    /// The hypervisor says that the VM runs behind our port. The caller waits for [`Until::Owned`].
+    /// The hypervisor says that the VM runs behind our port. The caller waits for [`super::Until::Owned`].
     pub fn running(&mut self, now: Instant, key: Key) -> Result<(), String> {
         let entry = self.known(key)?;
         if entry.port.is_none() {
@@ -49,7 +49,7 @@ impl Moves {
         Ok(())
     }
 
-    /// The move will not happen. The caller at a source waits for [`Until::Released`]. No move at all is no error.
+    /// The move will not happen. The caller at a source waits for [`super::Until::Released`]. No move at all is no error.
     pub fn abort(&mut self, now: Instant, key: Key) -> Result<(), String> {
         let Some(entry) = self.entries.get_mut(&key) else { return Ok(()) };
         match entry.state {
